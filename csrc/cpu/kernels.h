@@ -1,0 +1,48 @@
+// The entry points of one instruction-set level. Every file of csrc/cpu is compiled once a level,
+// with TRT_ISA as its namespace; dispatch.cpp picks a level at run time.
+#pragma once
+
+#include "../math/platform.h"
+#include "../ops.h"
+
+namespace trt {
+
+struct Kernels {
+  decltype(&cpu::lif_forward) lif_forward;
+  decltype(&cpu::lif_backward) lif_backward;
+  decltype(&cpu::penalty_value) penalty_value;
+  decltype(&cpu::penalty_gradient) penalty_gradient;
+  decltype(&cpu::loss_value) loss_value;
+  decltype(&cpu::loss_gradient) loss_gradient;
+};
+
+inline namespace TRT_ISA {
+
+void lif_forward(const LIFSettings&, const LIFForward&, int threads);
+void lif_backward(const LIFSettings&, const LIFBackward&, int threads);
+double penalty_value(const PenaltySettings&, const std::vector<PenaltyTensor>&, int threads);
+void penalty_gradient(const PenaltySettings&, const std::vector<PenaltyTensor>&, double upstream,
+                      int threads);
+double loss_value(const LossSettings&, const LossTensors&, int threads);
+void loss_gradient(const LossSettings&, const LossTensors&, double upstream, void* grad,
+                   int threads);
+
+Kernels kernels();
+
+// Calls f(Storage()) for the storage type of a dtype.
+template <class Function>
+void visit_dtype(DType dtype, Function&& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float());
+    case DType::float64:
+      return f(double());
+    case DType::float16:
+      return f(Half());
+    case DType::bfloat16:
+      return f(BFloat16());
+  }
+}
+
+}  // namespace TRT_ISA
+}  // namespace trt

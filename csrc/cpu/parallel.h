@@ -1,0 +1,66 @@
+// Blocks over threads, and scratch memory for each thread.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "../math/platform.h"
+#include "../ops.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace trt {
+inline namespace TRT_ISA {
+
+// f(block, thread) for every block. Which thread takes a block is free; what a block is must depend
+// on shapes alone, so that every sum has one order.
+template <class Function>
+void parallel_for(std::int64_t blocks, int threads, Function&& f) {
+#ifdef _OPENMP
+  if (threads > 1 && blocks > 1 && !cpu::forked() && !omp_in_parallel()) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t block = 0; block < blocks; ++block) f(block, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (std::int64_t block = 0; block < blocks; ++block) f(block, 0);
+}
+
+constexpr std::size_t kCacheLine = 64;
+
+// One aligned buffer of `count` elements for each thread, kept from call to call by the calling
+// thread: taking it fresh would cost a page fault every 4 KB.
+template <class F>
+class Scratch {
+ public:
+  Scratch(std::size_t count, int threads)
+      : stride_((count * sizeof(F) + kCacheLine - 1) / kCacheLine * kCacheLine) {
+    const std::size_t bytes = stride_ * threads + kCacheLine;
+    if (bytes > held().size) {
+      held().memory.reset();
+      held().size = 0;
+      held().memory.reset(new char[bytes]);
+      held().size = bytes;
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(held().memory.get());
+    base_ = held().memory.get() + (kCacheLine - address % kCacheLine) % kCacheLine;
+  }
+  F* of(int thread) const { return reinterpret_cast<F*>(base_ + stride_ * thread); }
+
+ private:
+  struct Held {
+    std::unique_ptr<char[]> memory;
+    std::size_t size = 0;
+  };
+  static Held& held() {
+    thread_local Held held;
+    return held;
+  }
+  std::size_t stride_;
+  char* base_;
+};
+
+}  // namespace TRT_ISA
+}  // namespace trt

@@ -1,0 +1,191 @@
+// The TRT weight regularizer on the CPU: all tensors and all T terms in one pass each way.
+//
+// A term costs a division, and divisions would decide the time. Terms are taken in groups whose
+// denominators are multiplied, so that one division inverts the whole group.
+#include <algorithm>
+#include <type_traits>
+
+#include "../math/regularizer.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace trt {
+inline namespace TRT_ISA {
+namespace {
+
+using Index = std::int64_t;
+
+constexpr Index kBlock = 1024;        // elements that stay in the first-level cache
+constexpr Index kChunk = 16 * kBlock;  // elements of one partial sum
+constexpr Index kSerial = 16 * 1024;  // elements below which a second thread does not pay
+constexpr int kGroup = 4;
+
+struct Chunk {
+  const PenaltyTensor* tensor;
+  Index begin, end;
+};
+
+std::vector<Chunk> make_chunks(const std::vector<PenaltyTensor>& tensors) {
+  std::vector<Chunk> chunks;
+  for (const PenaltyTensor& tensor : tensors) {
+    for (Index begin = 0; begin < tensor.size; begin += kChunk) {
+      chunks.push_back({&tensor, begin, std::min(begin + kChunk, tensor.size)});
+    }
+  }
+  return chunks;
+}
+
+// 1 / d for kCount denominators with a single division.
+template <int kCount, class F>
+TRT_HD void invert(const F (&d)[kCount], F (&inverse)[kCount]) {
+  F product[kCount];
+  product[0] = d[0];
+  for (int k = 1; k < kCount; ++k) product[k] = product[k - 1] * d[k];
+  F rest = F(1) / product[kCount - 1];
+  for (int k = kCount - 1; k > 0; --k) {
+    inverse[k] = rest * product[k - 1];
+    rest *= d[k];
+  }
+  inverse[0] = rest;
+}
+
+// Adds the group's terms to `sum`: those of the value over w^2, or of the gradient over w.
+template <bool kGradient, int kCount, class F>
+void add_group(Index n, const F* __restrict__ a, const F* growth, F eps, F* __restrict__ sum) {
+  F g[kCount];
+  for (int k = 0; k < kCount; ++k) g[k] = growth[k];
+  for (Index i = 0; i < n; ++i) {
+    F d[kCount], inverse[kCount], added = F(0);
+    for (int k = 0; k < kCount; ++k) d[k] = weight_denominator(a[i], g[k], eps);
+    invert(d, inverse);
+    for (int k = 0; k < kCount; ++k) {
+      added += kGradient ? weight_slope(d[k], inverse[k], g[k], eps) : inverse[k];
+    }
+    sum[i] += added;
+  }
+}
+
+// Sum over t of 1/d_t (value) or of the slope (gradient), for a block of |w|.
+template <bool kGradient, class F>
+void add_terms(Index n, const F* a, const std::vector<F>& growth, F eps, F* sum) {
+  // A group's product must stay finite for the largest weight of this block.
+  const F largest = max_row(n, a, F(0)) + eps;
+  const F limit = sizeof(F) == 4 ? F(1e36) : F(1e300);
+  std::fill_n(sum, n, F(0));
+  for (std::size_t t = 0; t < growth.size();) {
+    int count = 1;
+    F product = F(1) + growth[t] * largest;
+    while (count < kGroup && t + count < growth.size()) {
+      product *= F(1) + growth[t + count] * largest;
+      if (!(product < limit)) break;
+      ++count;
+    }
+    switch (count) {
+      case 4:
+        add_group<kGradient, 4>(n, a, &growth[t], eps, sum);
+        break;
+      case 3:
+        add_group<kGradient, 3>(n, a, &growth[t], eps, sum);
+        break;
+      case 2:
+        add_group<kGradient, 2>(n, a, &growth[t], eps, sum);
+        break;
+      default:
+        add_group<kGradient, 1>(n, a, &growth[t], eps, sum);
+    }
+    t += count;
+  }
+}
+
+template <class F, class Storage>
+const F* load_block(const Storage* from, Index n, F* buffer) {
+  if constexpr (std::is_same<F, Storage>::value) {
+    return from;
+  } else {
+    for (Index i = 0; i < n; ++i) buffer[i] = load(from[i]);
+    return buffer;
+  }
+}
+
+template <class F>
+std::vector<F> cast(const std::vector<double>& values) {
+  return std::vector<F>(values.begin(), values.end());
+}
+
+template <class Storage>
+double value_of(const PenaltySettings& settings, const Chunk& chunk) {
+  using F = State<Storage>;
+  const std::vector<F> growth = cast<F>(settings.growth);
+  const Storage* weight = static_cast<const Storage*>(chunk.tensor->weight);
+  F w_buffer[kBlock], a[kBlock], sum[kBlock];
+  double total = 0;
+  for (Index begin = chunk.begin; begin < chunk.end; begin += kBlock) {
+    const Index n = std::min(kBlock, chunk.end - begin);
+    const F* w = load_block(weight + begin, n, w_buffer);
+    for (Index i = 0; i < n; ++i) a[i] = absolute(w[i]);
+    add_terms<false>(n, a, growth, static_cast<F>(settings.eps), sum);
+    for (Index i = 0; i < n; ++i) sum[i] *= a[i] * a[i];
+    total += sum_row(n, sum);
+  }
+  return total;
+}
+
+template <class Storage>
+void write_gradient(const PenaltySettings& settings, const Chunk& chunk, double upstream) {
+  using F = State<Storage>;
+  const std::vector<F> growth = cast<F>(settings.growth);
+  const F scale = static_cast<F>(settings.scale * upstream);
+  const Storage* weight = static_cast<const Storage*>(chunk.tensor->weight);
+  Storage* grad = static_cast<Storage*>(chunk.tensor->grad);
+  F w_buffer[kBlock], a[kBlock], sum[kBlock];
+  for (Index begin = chunk.begin; begin < chunk.end; begin += kBlock) {
+    const Index n = std::min(kBlock, chunk.end - begin);
+    const F* w = load_block(weight + begin, n, w_buffer);
+    for (Index i = 0; i < n; ++i) a[i] = absolute(w[i]);
+    add_terms<true>(n, a, growth, static_cast<F>(settings.eps), sum);
+    Storage* to = grad + begin;
+    if (chunk.tensor->accumulate) {
+      for (Index i = 0; i < n; ++i) store(&to[i], load(to[i]) + scale * w[i] * sum[i]);
+    } else {
+      for (Index i = 0; i < n; ++i) store(&to[i], scale * w[i] * sum[i]);
+    }
+  }
+}
+
+int useful_threads(const std::vector<Chunk>& chunks, int threads) {
+  Index size = 0;
+  for (const Chunk& chunk : chunks) size += chunk.end - chunk.begin;
+  return size < kSerial ? 1 : threads;
+}
+
+}  // namespace
+
+double penalty_value(const PenaltySettings& settings, const std::vector<PenaltyTensor>& tensors,
+                     int threads) {
+  const std::vector<Chunk> chunks = make_chunks(tensors);
+  std::vector<double> partial(chunks.size());
+  parallel_for(static_cast<Index>(chunks.size()), useful_threads(chunks, threads),
+               [&](Index index, int) {
+                 visit_dtype(chunks[index].tensor->dtype, [&](auto storage) {
+                   partial[index] = value_of<decltype(storage)>(settings, chunks[index]);
+                 });
+               });
+  double total = 0;
+  for (double sum : partial) total += sum;
+  return settings.scale * total;
+}
+
+void penalty_gradient(const PenaltySettings& settings, const std::vector<PenaltyTensor>& tensors,
+                      double upstream, int threads) {
+  const std::vector<Chunk> chunks = make_chunks(tensors);
+  parallel_for(static_cast<Index>(chunks.size()), useful_threads(chunks, threads),
+               [&](Index index, int) {
+                 visit_dtype(chunks[index].tensor->dtype, [&](auto storage) {
+                   write_gradient<decltype(storage)>(settings, chunks[index], upstream);
+                 });
+               });
+}
+
+}  // namespace TRT_ISA
+}  // namespace trt

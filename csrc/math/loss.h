@@ -1,0 +1,35 @@
+// One element of the temporal loss (method.md, section 4).
+//
+// A row of logits O has the cross entropy sum_c q_c (log_normalizer - O_c), where q_c is the share
+// of class c: its smoothed target, times class weights. The squared term compares O_c with p_c.
+#pragma once
+
+#include "platform.h"
+
+namespace trt {
+inline namespace TRT_ISA {
+
+// Smoothed target p_c of a class whose given target is `given` (1 or 0, or a probability).
+template <class F>
+TRT_HD F smoothed_target(F given, F smoothing, F classes) {
+  return given * (F(1) - smoothing) + smoothing / classes;
+}
+
+// e^z for z <= 0 with an exact 0 where it underflows: a logit of minus infinity has no gradient.
+template <class F>
+TRT_HD F exp_shifted(F z) {
+  const F e = exp2_nonpositive(z * F(kLog2E));
+  return z < F(-87) ? F(0) : e;
+}
+
+// d/dO_c of entropy_scale * cross entropy + square_scale * sum_c (O_c - p_c)^2.
+template <class F>
+TRT_HD F loss_gradient(F logit, F log_normalizer, F share, F all_shares, F square_target,
+                       F entropy_scale, F square_scale) {
+  const F softmax = exp_shifted(logit - log_normalizer);
+  return entropy_scale * (all_shares * softmax - share) +
+         square_scale * F(2) * (logit - square_target);
+}
+
+}  // namespace TRT_ISA
+}  // namespace trt

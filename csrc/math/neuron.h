@@ -1,0 +1,122 @@
+// One step of the neuron, forward and backward (method.md, section 1): charge, fire, reset.
+// The order of operations is part of the contract: it decides which spikes fire.
+#pragma once
+
+#include "kinds.h"
+
+namespace trt {
+inline namespace TRT_ISA {
+
+template <class F>
+struct Neuron {
+  F decay;
+  F tau;  // 1 / decay, what the charge "divide" divides by
+  F threshold;
+  F v_reset;
+  bool fire_at_threshold;  // fires at h >= threshold instead of h > threshold
+};
+
+// h = charge(v, x), and dv/dh_previous for the backward pass, where no spike depends on rounding.
+struct Decay {
+  static constexpr const char* name = "decay";
+  template <class F>
+  TRT_HD static F charge(F v, F x, const Neuron<F>& neuron) {
+    return neuron.decay * v + x;
+  }
+  template <class F>
+  TRT_HD static F slope(const Neuron<F>& neuron) {
+    return neuron.decay;
+  }
+};
+
+struct Divide {
+  static constexpr const char* name = "divide";
+  template <class F>
+  TRT_HD static F charge(F v, F x, const Neuron<F>& neuron) {
+    return v / neuron.tau + x;
+  }
+  template <class F>
+  TRT_HD static F slope(const Neuron<F>& neuron) {
+    return F(1) / neuron.tau;
+  }
+};
+
+using Charges = KindList<Decay, Divide>;
+
+template <class F>
+TRT_HD bool fires(F h, const Neuron<F>& neuron) {
+  // Two comparisons and no branch, so that the loop around it vectorises for either setting.
+  return (h > neuron.threshold) | (neuron.fire_at_threshold & (h == neuron.threshold));
+}
+
+// v = after(h, s). Backward, `spike_gradient` is ds with what dv adds to it through the spike, and
+// `through_potential` what dv adds to dh directly.
+struct HardReset {
+  static constexpr const char* name = "hard";
+  template <class F>
+  TRT_HD static F after(F h, bool s, const Neuron<F>& neuron) {
+    return s ? neuron.v_reset : h;
+  }
+  template <class F>
+  TRT_HD static F spike_gradient(F ds, F h, F dv, const Neuron<F>& neuron) {
+    return ds + (neuron.v_reset - h) * dv;
+  }
+  template <class F>
+  TRT_HD static F through_potential(bool s, F dv) {
+    return s ? F(0) : dv;
+  }
+};
+
+struct SoftReset {
+  static constexpr const char* name = "soft";
+  template <class F>
+  TRT_HD static F after(F h, bool s, const Neuron<F>& neuron) {
+    return h - neuron.threshold * (s ? F(1) : F(0));
+  }
+  template <class F>
+  TRT_HD static F spike_gradient(F ds, F, F dv, const Neuron<F>& neuron) {
+    return ds - neuron.threshold * dv;
+  }
+  template <class F>
+  TRT_HD static F through_potential(bool, F dv) {
+    return dv;
+  }
+};
+
+struct NoReset {
+  static constexpr const char* name = "none";
+  template <class F>
+  TRT_HD static F after(F h, bool, const Neuron<F>&) {
+    return h;
+  }
+  template <class F>
+  TRT_HD static F spike_gradient(F ds, F, F, const Neuron<F>&) {
+    return ds;
+  }
+  template <class F>
+  TRT_HD static F through_potential(bool, F dv) {
+    return dv;
+  }
+};
+
+// The same reset with no gradient through its spike.
+template <class Reset>
+struct Detached : Reset {
+  template <class F>
+  TRT_HD static F spike_gradient(F ds, F, F, const Neuron<F>&) {
+    return ds;
+  }
+};
+
+using Resets = KindList<HardReset, SoftReset, NoReset>;
+
+// dL/dh of one step from what arrives at its spike (ds) and at its potential after the reset (dv).
+template <class Reset, class Surrogate, class F>
+TRT_HD F potential_gradient(F h, F ds, F dv, F surrogate_parameter, const Neuron<F>& neuron) {
+  return Reset::spike_gradient(ds, h, dv, neuron) *
+             Surrogate::derivative(h - neuron.threshold, surrogate_parameter) +
+         Reset::through_potential(fires(h, neuron), dv);
+}
+
+}  // namespace TRT_ISA
+}  // namespace trt

@@ -1,0 +1,34 @@
+"""Fused kernels for training spiking neural networks with temporal regularization.
+
+Start with `lif`, `trt_penalty`, `temporal_loss` and the modules `nn.LIF`, `TRTLoss`, `TETLoss`;
+`report()` says which backend runs and why.
+"""
+
+from . import nn
+from .functional import LIFOutput, lif, temporal_loss, trt_penalty, trt_penalty_
+from .loss import TETLoss, TRTLoss
+from .ops import use_backend
+from .options import MembranePenalty
+from .report import Report, report
+from .surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, Surrogate, Triangle
+
+__all__ = [
+    "ATan",
+    "FastSigmoid",
+    "LIFOutput",
+    "MembranePenalty",
+    "Rectangle",
+    "Report",
+    "Sigmoid",
+    "Surrogate",
+    "TETLoss",
+    "TRTLoss",
+    "Triangle",
+    "lif",
+    "nn",
+    "report",
+    "temporal_loss",
+    "trt_penalty",
+    "trt_penalty_",
+    "use_backend",
+]

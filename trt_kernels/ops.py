@@ -1,0 +1,345 @@
+"""The operators as `torch.ops.trt_kernels.*`: schemas, fake kernels, and which backend runs.
+
+Plain eager calls go straight to the backend: a Python op costs as much again as the kernel of a small
+tensor. Under tracing, fake tensors or any dispatch mode they go through the registered op.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from . import backends
+from .backends import native
+from .checks import state_dtype
+from .options import LIFOptions, LossOptions, PenaltyOptions
+
+# --- Backend choice. A module global: a ContextVar breaks fullgraph tracing, and a thread-local
+# would be unseen by the thread of the backward pass.
+_backend = os.environ.get("TRT_KERNELS_BACKEND", "auto")
+
+
+def check_backend_name(backend: Any) -> str:
+    if backend not in (*backends.NAMES, "auto"):
+        allowed = ", ".join(map(repr, (*backends.NAMES, "auto")))
+        raise ValueError(f"backend: got {backend!r}, needs one of {allowed}")
+    return str(backend)
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Chooses the backend of every call inside: "cpu", "cuda", "triton", "reference" or "auto".
+
+    A call's own `backend` argument comes first, then this, then the environment variable
+    TRT_KERNELS_BACKEND, then "auto": compiled kernels of the tensor's device. The choice holds for
+    all threads. A backward pass runs where its forward ran.
+
+    Raises:
+        ValueError: an unknown name. A backend that cannot serve raises where it is called.
+    """
+    global _backend
+    previous, _backend = _backend, check_backend_name(backend)
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def choose_backend(operator: str, backend: str | None, device: torch.device) -> str:
+    """The backend that serves `operator` on `device`, or an error that says why none does."""
+    resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve
+    return resolve(operator, _backend if backend is None else backend, device)
+
+
+@lru_cache(maxsize=256)
+def _resolve(operator: str, name: str, device: torch.device) -> str:
+    check_backend_name(name)
+    if name == "auto":
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(
+                f"{operator}: no compiled backend serves device {device}; "
+                "backend='reference' runs anywhere"
+            )
+        name = device.type
+    reason = backends.why_not(name, operator)
+    if reason is None and name in ("cpu", "cuda") and name != device.type:
+        reason = f"it serves {name} tensors, got one on {device}"
+    if reason is not None:
+        raise RuntimeError(f"{operator}: backend {name!r} cannot serve: {reason}")
+    return name
+
+
+def kernels(backend: str) -> ModuleType:
+    """The module that runs a compiled backend's operators."""
+    if backend not in ("cpu", "cuda"):
+        raise RuntimeError(f"backend {backend!r} has no kernels behind torch.ops.trt_kernels")
+    return native
+
+
+def is_plain(x: Tensor) -> bool:
+    """True for an ordinary tensor in ordinary eager execution."""
+    return (
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+    )
+
+
+# --- Schemas.
+_LIF = (
+    "int time_dim, float decay, float threshold, float v_reset, str reset, bool detach_reset, "
+    "str surrogate, float surrogate_parameter, bool fire_at_threshold, str charge, str phi, "
+    "float delta, float eps, bool return_state, bool return_potential, str backend"
+)
+_PENALTY = "int steps, float weight, float delta, float eps, str backend"
+_LOSS = (
+    "int time_dim, float entropy_ratio, float square_ratio, float? constant, "
+    "float label_smoothing, int ignore_index, str backend"
+)
+_SCHEMAS = {
+    "lif_forward": "(Tensor x, Tensor? v_init, Tensor? penalty_weight, "
+    f"{_LIF}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "lif_backward": "(Tensor x, Tensor? v_init, Tensor? penalty_weight, Tensor? grad_spikes, "
+    "Tensor? grad_state, Tensor? grad_potential, Tensor? grad_penalty, bool needs_v_init, "
+    f"{_LIF}) -> (Tensor, Tensor)",
+    "trt_penalty_forward": f"(Tensor[] params, {_PENALTY}) -> Tensor",
+    "trt_penalty_backward": f"(Tensor grad, Tensor[] params, {_PENALTY}) -> Tensor[]",
+    "trt_penalty_accumulate": "(Tensor[] params, Tensor(a!)[] grads, float scale, "
+    f"{_PENALTY}) -> ()",
+    "temporal_loss_forward": "(Tensor logits, Tensor target, Tensor? class_weight, "
+    f"{_LOSS}) -> (Tensor, Tensor)",
+    "temporal_loss_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor? class_weight, "
+    f"Tensor normalizer, {_LOSS}) -> Tensor",
+}
+
+_library = torch.library.Library("trt_kernels", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+_registered = torch.ops.trt_kernels
+
+
+def _register(name: str, run: Any, fake: Any) -> None:
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"trt_kernels::{name}", fake, lib=_library)
+
+
+def _or_empty(x: Tensor, *values: Tensor | None) -> tuple[Tensor, ...]:
+    """An op returns a tensor for everything; an empty one stands for None."""
+    return tuple(
+        x.new_empty(0, dtype=state_dtype(x.dtype)) if value is None else value for value in values
+    )
+
+
+# --- lif
+def lif_forward(
+    x: Tensor, v_init: Tensor | None, weight: Tensor | None, options: LIFOptions
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Spikes, state, potential and regularizer; what `options` does not ask for is None."""
+    if is_plain(x):
+        outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+        outputs = kernels(options.backend).lif_forward(x, v_init, weight, options)
+        return outputs
+    spikes, state, potential, penalty = _registered.lif_forward(x, v_init, weight, *options)
+    return (
+        spikes,
+        state if options.return_state else None,
+        potential if options.return_potential else None,
+        penalty if weight is not None else None,
+    )
+
+
+def _run_lif_forward(
+    x: Tensor, v_init: Tensor | None, weight: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    chosen = LIFOptions(*options)
+    spikes, *extras = kernels(chosen.backend).lif_forward(x, v_init, weight, chosen)
+    return (spikes, *_or_empty(x, *extras))
+
+
+def _fake_lif_forward(
+    x: Tensor, v_init: Tensor | None, weight: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    chosen = LIFOptions(*options)
+    dtype = state_dtype(x.dtype)
+    state = native.empty_state(x, chosen.time_dim) if chosen.return_state else None
+    potential = torch.empty_like(x, dtype=dtype) if chosen.return_potential else None
+    penalty = None if weight is None else x.new_empty((), dtype=dtype)
+    return (torch.empty_like(x), *_or_empty(x, state, potential, penalty))
+
+
+def lif_backward(
+    x: Tensor,
+    v_init: Tensor | None,
+    weight: Tensor | None,
+    grad_spikes: Tensor | None,
+    grad_state: Tensor | None,
+    grad_potential: Tensor | None,
+    grad_penalty: Tensor | None,
+    needs_v_init: bool,
+    options: LIFOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of v_init (None unless needed)."""
+    tensors = (x, v_init, weight, grad_spikes, grad_state, grad_potential, grad_penalty)
+    if is_plain(x):
+        grads: tuple[Tensor, Tensor | None]
+        grads = kernels(options.backend).lif_backward(*tensors, needs_v_init, options)
+        return grads
+    grad_x, grad_v_init = _registered.lif_backward(*tensors, needs_v_init, *options)
+    return grad_x, grad_v_init if needs_v_init else None
+
+
+def _run_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, needs_v_init = arguments[:7]
+    options = LIFOptions(*arguments[7:])
+    grad_x, grad_v_init = kernels(options.backend).lif_backward(x, *tensors, needs_v_init, options)
+    return (grad_x, *_or_empty(x, grad_v_init))
+
+
+def _fake_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    options = LIFOptions(*arguments[7:])
+    grad_v_init = native.empty_state(x, options.time_dim) if arguments[6] else None
+    return (torch.empty_like(x), *_or_empty(x, grad_v_init))
+
+
+_register("lif_forward", _run_lif_forward, _fake_lif_forward)
+_register("lif_backward", _run_lif_backward, _fake_lif_backward)
+
+
+# --- trt_penalty
+def trt_penalty_forward(params: Sequence[Tensor], options: PenaltyOptions) -> Tensor:
+    """R, a scalar of the sum's dtype."""
+    if is_plain(params[0]):
+        value: Tensor = kernels(options.backend).trt_penalty_forward(params, options)
+    else:
+        value = _registered.trt_penalty_forward(params, *options)
+    return value
+
+
+def trt_penalty_backward(
+    grad: Tensor, params: Sequence[Tensor], options: PenaltyOptions
+) -> list[Tensor]:
+    """grad · ∂R/∂w for every parameter."""
+    if is_plain(params[0]):
+        grads: list[Tensor] = kernels(options.backend).trt_penalty_backward(grad, params, options)
+    else:
+        grads = _registered.trt_penalty_backward(grad, params, *options)
+    return grads
+
+
+def trt_penalty_accumulate(
+    params: Sequence[Tensor], grads: Sequence[Tensor], scale: float, options: PenaltyOptions
+) -> None:
+    """Adds scale · ∂R/∂w to `grads` in place."""
+    if is_plain(params[0]):
+        kernels(options.backend).trt_penalty_accumulate(params, grads, scale, options)
+    else:
+        _registered.trt_penalty_accumulate(params, grads, scale, *options)
+
+
+def _run_trt_penalty_forward(params: Sequence[Tensor], *options: Any) -> Tensor:
+    return kernels(options[-1]).trt_penalty_forward(params, PenaltyOptions(*options))
+
+
+def _run_trt_penalty_backward(
+    grad: Tensor, params: Sequence[Tensor], *options: Any
+) -> list[Tensor]:
+    return kernels(options[-1]).trt_penalty_backward(grad, params, PenaltyOptions(*options))
+
+
+def _run_trt_penalty_accumulate(
+    params: Sequence[Tensor], grads: Sequence[Tensor], scale: float, *options: Any
+) -> None:
+    kernels(options[-1]).trt_penalty_accumulate(params, grads, scale, PenaltyOptions(*options))
+
+
+_register(
+    "trt_penalty_forward",
+    _run_trt_penalty_forward,
+    lambda params, *_: params[0].new_empty((), dtype=native.sum_dtype(params)),
+)
+_register(
+    "trt_penalty_backward",
+    _run_trt_penalty_backward,
+    lambda grad, params, *_: [torch.empty_like(p) for p in params],
+)
+_register(
+    "trt_penalty_accumulate", _run_trt_penalty_accumulate, lambda params, grads, scale, *_: None
+)
+
+
+# --- temporal_loss
+def temporal_loss_forward(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """The loss, a scalar of the sum's dtype, and log Σ exp of every row [T, B]."""
+    tensors = (logits, target, class_weight)
+    if is_plain(logits):
+        outputs: tuple[Tensor, Tensor]
+        outputs = kernels(options.backend).temporal_loss_forward(*tensors, options)
+    else:
+        outputs = _registered.temporal_loss_forward(*tensors, *options)
+    return outputs
+
+
+def temporal_loss_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    normalizer: Tensor,
+    options: LossOptions,
+) -> Tensor:
+    """grad · ∂L/∂logits."""
+    tensors = (grad, logits, target, class_weight, normalizer)
+    if is_plain(logits):
+        result: Tensor = kernels(options.backend).temporal_loss_backward(*tensors, options)
+    else:
+        result = _registered.temporal_loss_backward(*tensors, *options)
+    return result
+
+
+def _run_temporal_loss_forward(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    chosen = LossOptions(*options)
+    outputs: tuple[Tensor, Tensor]
+    outputs = kernels(chosen.backend).temporal_loss_forward(logits, target, class_weight, chosen)
+    return outputs
+
+
+def _fake_temporal_loss_forward(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    time_dim, dtype = options[0], state_dtype(logits.dtype)
+    rows = (logits.shape[time_dim], logits.shape[1 - time_dim])
+    return logits.new_empty((), dtype=dtype), logits.new_empty(rows, dtype=dtype)
+
+
+def _run_temporal_loss_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    normalizer: Tensor,
+    *options: Any,
+) -> Tensor:
+    chosen = LossOptions(*options)
+    result: Tensor = kernels(chosen.backend).temporal_loss_backward(
+        grad, logits, target, class_weight, normalizer, chosen
+    )
+    return result
+
+
+_register("temporal_loss_forward", _run_temporal_loss_forward, _fake_temporal_loss_forward)
+_register(
+    "temporal_loss_backward",
+    _run_temporal_loss_backward,
+    lambda grad, logits, *_: torch.empty_like(logits),
+)
