@@ -46,22 +46,27 @@ trt::LIFSettings make_lif(const std::string& charge, const std::string& reset,
   return settings;
 }
 
-using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // outer, steps, inner
-
-trt::LIFForward forward_arguments(trt::DType dtype, const Shape& shape, Address x, Address v_init,
-                                  Address weight, Address spikes, Address potential, Address state,
-                                  Address penalty) {
-  const auto& [outer, steps, inner] = shape;
-  return {{dtype, outer, steps, inner}, pointer(x),         pointer(v_init), pointer(weight),
-          pointer(spikes),              pointer(potential), pointer(state),  pointer(penalty)};
+// Sizes of a sequence that fills its memory in this order, as [outer][steps][inner].
+trt::LIFShape make_shape(trt::DType dtype, const std::vector<std::int64_t>& sizes,
+                         std::size_t time_dim) {
+  trt::LIFShape shape{dtype, 1, sizes.at(time_dim), 1};
+  for (std::size_t dim = 0; dim < time_dim; ++dim) shape.outer *= sizes[dim];
+  for (std::size_t dim = time_dim + 1; dim < sizes.size(); ++dim) shape.inner *= sizes[dim];
+  return shape;
 }
 
-trt::LIFBackward backward_arguments(trt::DType dtype, const Shape& shape, Address x, Address v_init,
+trt::LIFForward forward_arguments(const trt::LIFShape& shape, Address x, Address v_init,
+                                  Address weight, Address spikes, Address potential, Address state,
+                                  Address penalty) {
+  return {shape,           pointer(x),         pointer(v_init), pointer(weight),
+          pointer(spikes), pointer(potential), pointer(state),  pointer(penalty)};
+}
+
+trt::LIFBackward backward_arguments(const trt::LIFShape& shape, Address x, Address v_init,
                                     Address weight, Address grad_spikes, Address grad_potential,
                                     Address grad_state, Address grad_penalty, Address grad_x,
                                     Address grad_v_init) {
-  const auto& [outer, steps, inner] = shape;
-  return {{dtype, outer, steps, inner},
+  return {shape,
           pointer(x),
           pointer(v_init),
           pointer(weight),
@@ -128,61 +133,64 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
            "surrogate_parameter"_a, "delta"_a, "eps"_a)
       .def(
           "cpu_forward",
-          [](const trt::LIFSettings& self, trt::DType dtype, const Shape& shape, Address x,
-             Address v_init, Address weight, Address spikes, Address potential, Address state,
-             Address penalty, int threads) {
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address v_init, Address weight, Address spikes,
+             Address potential, Address state, Address penalty, int threads) {
             trt::cpu::lif_forward(self,
-                                  forward_arguments(dtype, shape, x, v_init, weight, spikes,
-                                                    potential, state, penalty),
+                                  forward_arguments(make_shape(dtype, sizes, time_dim), x, v_init,
+                                                    weight, spikes, potential, state, penalty),
                                   threads);
           },
           release())
       .def(
           "cpu_backward",
-          [](const trt::LIFSettings& self, trt::DType dtype, const Shape& shape, Address x,
-             Address v_init, Address weight, Address grad_spikes, Address grad_potential,
-             Address grad_state, Address grad_penalty, Address grad_x, Address grad_v_init,
-             int threads) {
-            trt::cpu::lif_backward(self,
-                                   backward_arguments(dtype, shape, x, v_init, weight, grad_spikes,
-                                                      grad_potential, grad_state, grad_penalty,
-                                                      grad_x, grad_v_init),
-                                   threads);
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address v_init, Address weight, Address grad_spikes,
+             Address grad_potential, Address grad_state, Address grad_penalty, Address grad_x,
+             Address grad_v_init, int threads) {
+            trt::cpu::lif_backward(
+                self,
+                backward_arguments(make_shape(dtype, sizes, time_dim), x, v_init, weight,
+                                   grad_spikes, grad_potential, grad_state, grad_penalty, grad_x,
+                                   grad_v_init),
+                threads);
           },
           release())
 #ifdef TRT_KERNELS_CUDA
       .def("cuda_forward_workspace",
-           [](const trt::LIFSettings& self, trt::DType dtype, const Shape& shape) {
-             const auto& [outer, steps, inner] = shape;
-             return trt::cuda::lif_forward_workspace(self, {dtype, outer, steps, inner});
+           [](const trt::LIFSettings& self, trt::DType dtype,
+              const std::vector<std::int64_t>& sizes, std::size_t time_dim) {
+             return trt::cuda::lif_forward_workspace(self, make_shape(dtype, sizes, time_dim));
            })
       .def("cuda_backward_workspace",
-           [](const trt::LIFSettings& self, trt::DType dtype, const Shape& shape) {
-             const auto& [outer, steps, inner] = shape;
-             return trt::cuda::lif_backward_workspace(self, {dtype, outer, steps, inner});
+           [](const trt::LIFSettings& self, trt::DType dtype,
+              const std::vector<std::int64_t>& sizes, std::size_t time_dim) {
+             return trt::cuda::lif_backward_workspace(self, make_shape(dtype, sizes, time_dim));
            })
       .def(
           "cuda_forward",
-          [](const trt::LIFSettings& self, trt::DType dtype, const Shape& shape, Address x,
-             Address v_init, Address weight, Address spikes, Address potential, Address state,
-             Address penalty, Address workspace, int device, Address stream) {
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address v_init, Address weight, Address spikes,
+             Address potential, Address state, Address penalty, Address workspace, int device,
+             Address stream) {
             trt::cuda::lif_forward(self,
-                                   forward_arguments(dtype, shape, x, v_init, weight, spikes,
-                                                     potential, state, penalty),
+                                   forward_arguments(make_shape(dtype, sizes, time_dim), x, v_init,
+                                                     weight, spikes, potential, state, penalty),
                                    pointer(workspace), device, pointer(stream));
           },
           release())
       .def(
           "cuda_backward",
-          [](const trt::LIFSettings& self, trt::DType dtype, const Shape& shape, Address x,
-             Address v_init, Address weight, Address grad_spikes, Address grad_potential,
-             Address grad_state, Address grad_penalty, Address grad_x, Address grad_v_init,
-             Address workspace, int device, Address stream) {
-            trt::cuda::lif_backward(self,
-                                    backward_arguments(dtype, shape, x, v_init, weight, grad_spikes,
-                                                       grad_potential, grad_state, grad_penalty,
-                                                       grad_x, grad_v_init),
-                                    pointer(workspace), device, pointer(stream));
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address v_init, Address weight, Address grad_spikes,
+             Address grad_potential, Address grad_state, Address grad_penalty, Address grad_x,
+             Address grad_v_init, Address workspace, int device, Address stream) {
+            trt::cuda::lif_backward(
+                self,
+                backward_arguments(make_shape(dtype, sizes, time_dim), x, v_init, weight,
+                                   grad_spikes, grad_potential, grad_state, grad_penalty, grad_x,
+                                   grad_v_init),
+                pointer(workspace), device, pointer(stream));
           },
           release())
 #endif
@@ -228,17 +236,17 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
                                       ignore_index};
            }),
            py::kw_only(), "dtype"_a, "steps"_a, "batch"_a, "classes"_a, "step_stride"_a,
-           "batch_stride"_a, "entropy_ratio"_a, "square_ratio"_a, "constant"_a,
-           "label_smoothing"_a, "ignore_index"_a)
+           "batch_stride"_a, "entropy_ratio"_a, "square_ratio"_a, "constant"_a, "label_smoothing"_a,
+           "ignore_index"_a)
       .def(
           "cpu_value",
           [](const trt::LossSettings& self, Address logits, Address target, Address probabilities,
              Address class_weight, Address log_normalizer, Address out, int threads) {
-            write_scalar(self.dtype, out,
-                         trt::cpu::loss_value(self,
-                                              loss_tensors(logits, target, probabilities,
-                                                           class_weight, log_normalizer),
-                                              threads));
+            write_scalar(
+                self.dtype, out,
+                trt::cpu::loss_value(
+                    self, loss_tensors(logits, target, probabilities, class_weight, log_normalizer),
+                    threads));
           },
           release())
       .def(

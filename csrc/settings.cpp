@@ -25,8 +25,7 @@ LIFSettings LIFSettings::make(const std::string& charge, const std::string& rese
   settings.reset = find<Resets>("reset", reset);
   settings.surrogate = find<Surrogates>("surrogate", surrogate);
   settings.penalize_spike = phi == "spike";
-  settings.potential =
-      phi.empty() || settings.penalize_spike ? -1 : find<Potentials>("phi", phi);
+  settings.potential = phi.empty() || settings.penalize_spike ? -1 : find<Potentials>("phi", phi);
   return settings;
 }
 

@@ -1,13 +1,12 @@
 """The public functions. They check every argument and choose a backend; ops.py runs it."""
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops
 from .autograd import LIFFunction, TemporalLossFunction, TRTPenaltyFunction
 from .backends import reference
 from .ops import choose_backend, trt_penalty_accumulate
@@ -31,17 +30,26 @@ class LIFOutput(NamedTuple):
     rate: Tensor | None
 
 
-_cached_lif_options = lru_cache(maxsize=1024, typed=True)(make_lif_options)
+# Checked calls of `lif` by everything but their values: the checks cost more than a small kernel.
+_checked: dict[tuple[Any, ...], LIFOptions] = {}
+_MOST_CHECKED = 4096
 
 
-def _lif_options(*arguments: Any) -> LIFOptions:
-    """`make_lif_options`, remembered: the checks cost more than a small kernel."""
-    if torch.compiler.is_compiling():
-        return make_lif_options(*arguments)
-    try:
-        return _cached_lif_options(*arguments)
-    except TypeError:  # something unhashable among them
-        return make_lif_options(*arguments)
+def _check_lif(x: Tensor, penalty: MembranePenalty | None, backend: Any, settings: Any) -> LIFOptions:
+    """Everything about a call that does not depend on the values of its tensors."""
+    checks.tensor("x", x)
+    if x.ndim == 0:
+        raise ValueError("x: got a scalar, needs a time dimension")
+    if penalty is not None and not isinstance(penalty, MembranePenalty):
+        raise TypeError(f"penalty: got {type(penalty).__name__}, needs a MembranePenalty")
+    return make_lif_options(
+        *settings,
+        "" if penalty is None else penalty.phi,
+        0.0 if penalty is None else penalty.delta,
+        0.0 if penalty is None else penalty.eps,
+        choose_backend("lif", backend, x.device),
+        x.ndim,
+    )
 
 
 def lif(
@@ -114,13 +122,7 @@ def lif(
     Source: the TRT paper and its official code (arXiv 2506.19256); SpikingJelly for "divide"-free
     variants of comparison and detaching.
     """
-    checks.tensor("x", x)
-    if x.ndim == 0:
-        raise ValueError("x: got a scalar, needs a time dimension")
-    backend = choose_backend("lif", backend, x.device)
-    if penalty is not None and not isinstance(penalty, MembranePenalty):
-        raise TypeError(f"penalty: got {type(penalty).__name__}, needs a MembranePenalty")
-    options = _lif_options(
+    settings = (
         decay,
         threshold,
         v_reset,
@@ -132,16 +134,34 @@ def lif(
         steps,
         time_dim,
         channel_dim,
-        "" if penalty is None else penalty.phi,
-        0.0 if penalty is None else penalty.delta,
-        0.0 if penalty is None else penalty.eps,
         return_state,
         return_potential,
         statistics,
         memory,
-        backend,
-        x.ndim,
     )
+    if torch.compiler.is_compiling() or penalty is not None or not isinstance(x, Tensor):
+        options = _check_lif(x, penalty, backend, settings)
+    else:
+        chosen = ops.default_backend if backend is None else backend
+        # The classes too: 0.0 and False equal 0, and would pass for a checked time_dim.
+        classes = (
+            time_dim.__class__,
+            detach_reset.__class__,
+            fire_at_threshold.__class__,
+            return_state.__class__,
+            return_potential.__class__,
+            statistics.__class__,
+        )
+        key = (settings, classes, chosen, x.dtype, x.device, x.ndim, x.layout)
+        try:
+            known = _checked.get(key)
+        except TypeError:  # something unhashable among the settings: the check names it
+            known, key = None, ()
+        options = known or _check_lif(x, penalty, backend, settings)
+        if known is None and key:
+            if len(_checked) >= _MOST_CHECKED:
+                _checked.clear()
+            _checked[key] = options
     weight = None if penalty is None else _penalty_weight(penalty, x, options)
     if v_init is not None:
         _check_v_init(v_init, x, options)
@@ -149,14 +169,16 @@ def lif(
     potential: Tensor | None
     value: Tensor | None
     plain = not (return_state or return_potential or penalty is not None)
-    if backend == "reference":
+    if options.backend == "reference":
         spikes, state, potential, value = reference.lif(x, v_init, weight, options, surrogate)
         if plain:
             return spikes
         state = state if return_state else None
         potential = potential if return_potential else None
     else:
-        result = LIFFunction.apply(x, v_init, weight, options)
+        if plain and v_init is None:
+            return LIFFunction.apply(x, options)
+        result = LIFFunction.apply(x, options, v_init, weight)
         if plain:
             return result
         spikes, *extras = result

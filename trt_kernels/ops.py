@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import backends
 from .backends import native
@@ -22,7 +21,7 @@ from .options import LIFOptions, LossOptions, PenaltyOptions
 
 # --- Backend choice. A module global: a ContextVar breaks fullgraph tracing, and a thread-local
 # would be unseen by the thread of the backward pass.
-_backend = os.environ.get("TRT_KERNELS_BACKEND", "auto")
+default_backend = os.environ.get("TRT_KERNELS_BACKEND", "auto")
 
 
 def check_backend_name(backend: Any) -> str:
@@ -43,18 +42,18 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name. A backend that cannot serve raises where it is called.
     """
-    global _backend
-    previous, _backend = _backend, check_backend_name(backend)
+    global default_backend
+    previous, default_backend = default_backend, check_backend_name(backend)
     try:
         yield
     finally:
-        _backend = previous
+        default_backend = previous
 
 
 def choose_backend(operator: str, backend: str | None, device: torch.device) -> str:
     """The backend that serves `operator` on `device`, or an error that says why none does."""
     resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve
-    return resolve(operator, _backend if backend is None else backend, device)
+    return resolve(operator, default_backend if backend is None else backend, device)
 
 
 @lru_cache(maxsize=256)
@@ -75,19 +74,16 @@ def _resolve(operator: str, name: str, device: torch.device) -> str:
     return name
 
 
-def kernels(backend: str) -> ModuleType:
-    """The module that runs a compiled backend's operators."""
-    if backend not in ("cpu", "cuda"):
-        raise RuntimeError(f"backend {backend!r} has no kernels behind torch.ops.trt_kernels")
-    return native
+# The module that runs each compiled backend's operators.
+_KERNELS: dict[str, ModuleType] = {"cpu": native, "cuda": native}
 
 
 def is_plain(x: Tensor) -> bool:
     """True for an ordinary tensor in ordinary eager execution."""
     return (
-        (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and _get_current_dispatch_mode() is None
+        not torch.compiler.is_compiling()
+        and (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
@@ -144,7 +140,7 @@ def lif_forward(
     """Spikes, state, potential and regularizer; what `options` does not ask for is None."""
     if is_plain(x):
         outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-        outputs = kernels(options.backend).lif_forward(x, v_init, weight, options)
+        outputs = _KERNELS[options.backend].lif_forward(x, v_init, weight, options)
         return outputs
     spikes, state, potential, penalty = _registered.lif_forward(x, v_init, weight, *options)
     return (
@@ -159,7 +155,7 @@ def _run_lif_forward(
     x: Tensor, v_init: Tensor | None, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
     chosen = LIFOptions(*options)
-    spikes, *extras = kernels(chosen.backend).lif_forward(x, v_init, weight, chosen)
+    spikes, *extras = _KERNELS[chosen.backend].lif_forward(x, v_init, weight, chosen)
     return (spikes, *_or_empty(x, *extras))
 
 
@@ -178,27 +174,30 @@ def lif_backward(
     x: Tensor,
     v_init: Tensor | None,
     weight: Tensor | None,
-    grad_spikes: Tensor | None,
-    grad_state: Tensor | None,
-    grad_potential: Tensor | None,
-    grad_penalty: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     needs_v_init: bool,
     options: LIFOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of v_init (None unless needed)."""
-    tensors = (x, v_init, weight, grad_spikes, grad_state, grad_potential, grad_penalty)
+    """Gradients of x and of v_init (None unless needed) from those of spikes, state, potential and
+    penalty; a None among them is zero."""
     if is_plain(x):
-        grads: tuple[Tensor, Tensor | None]
-        grads = kernels(options.backend).lif_backward(*tensors, needs_v_init, options)
-        return grads
-    grad_x, grad_v_init = _registered.lif_backward(*tensors, needs_v_init, *options)
+        results: tuple[Tensor, Tensor | None]
+        results = _KERNELS[options.backend].lif_backward(
+            x, v_init, weight, grads, needs_v_init, options
+        )
+        return results
+    grad_x, grad_v_init = _registered.lif_backward(
+        x, v_init, weight, *grads, needs_v_init, *options
+    )
     return grad_x, grad_v_init if needs_v_init else None
 
 
 def _run_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, needs_v_init = arguments[:7]
+    v_init, weight, *grads = arguments[:6]
     options = LIFOptions(*arguments[7:])
-    grad_x, grad_v_init = kernels(options.backend).lif_backward(x, *tensors, needs_v_init, options)
+    grad_x, grad_v_init = _KERNELS[options.backend].lif_backward(
+        x, v_init, weight, grads, arguments[6], options
+    )
     return (grad_x, *_or_empty(x, grad_v_init))
 
 
@@ -216,7 +215,7 @@ _register("lif_backward", _run_lif_backward, _fake_lif_backward)
 def trt_penalty_forward(params: Sequence[Tensor], options: PenaltyOptions) -> Tensor:
     """R, a scalar of the sum's dtype."""
     if is_plain(params[0]):
-        value: Tensor = kernels(options.backend).trt_penalty_forward(params, options)
+        value: Tensor = _KERNELS[options.backend].trt_penalty_forward(params, options)
     else:
         value = _registered.trt_penalty_forward(params, *options)
     return value
@@ -227,7 +226,7 @@ def trt_penalty_backward(
 ) -> list[Tensor]:
     """grad · ∂R/∂w for every parameter."""
     if is_plain(params[0]):
-        grads: list[Tensor] = kernels(options.backend).trt_penalty_backward(grad, params, options)
+        grads: list[Tensor] = _KERNELS[options.backend].trt_penalty_backward(grad, params, options)
     else:
         grads = _registered.trt_penalty_backward(grad, params, *options)
     return grads
@@ -238,25 +237,25 @@ def trt_penalty_accumulate(
 ) -> None:
     """Adds scale · ∂R/∂w to `grads` in place."""
     if is_plain(params[0]):
-        kernels(options.backend).trt_penalty_accumulate(params, grads, scale, options)
+        _KERNELS[options.backend].trt_penalty_accumulate(params, grads, scale, options)
     else:
         _registered.trt_penalty_accumulate(params, grads, scale, *options)
 
 
 def _run_trt_penalty_forward(params: Sequence[Tensor], *options: Any) -> Tensor:
-    return kernels(options[-1]).trt_penalty_forward(params, PenaltyOptions(*options))
+    return _KERNELS[options[-1]].trt_penalty_forward(params, PenaltyOptions(*options))
 
 
 def _run_trt_penalty_backward(
     grad: Tensor, params: Sequence[Tensor], *options: Any
 ) -> list[Tensor]:
-    return kernels(options[-1]).trt_penalty_backward(grad, params, PenaltyOptions(*options))
+    return _KERNELS[options[-1]].trt_penalty_backward(grad, params, PenaltyOptions(*options))
 
 
 def _run_trt_penalty_accumulate(
     params: Sequence[Tensor], grads: Sequence[Tensor], scale: float, *options: Any
 ) -> None:
-    kernels(options[-1]).trt_penalty_accumulate(params, grads, scale, PenaltyOptions(*options))
+    _KERNELS[options[-1]].trt_penalty_accumulate(params, grads, scale, PenaltyOptions(*options))
 
 
 _register(
@@ -282,7 +281,7 @@ def temporal_loss_forward(
     tensors = (logits, target, class_weight)
     if is_plain(logits):
         outputs: tuple[Tensor, Tensor]
-        outputs = kernels(options.backend).temporal_loss_forward(*tensors, options)
+        outputs = _KERNELS[options.backend].temporal_loss_forward(*tensors, options)
     else:
         outputs = _registered.temporal_loss_forward(*tensors, *options)
     return outputs
@@ -299,7 +298,7 @@ def temporal_loss_backward(
     """grad · ∂L/∂logits."""
     tensors = (grad, logits, target, class_weight, normalizer)
     if is_plain(logits):
-        result: Tensor = kernels(options.backend).temporal_loss_backward(*tensors, options)
+        result: Tensor = _KERNELS[options.backend].temporal_loss_backward(*tensors, options)
     else:
         result = _registered.temporal_loss_backward(*tensors, *options)
     return result
@@ -310,7 +309,7 @@ def _run_temporal_loss_forward(
 ) -> tuple[Tensor, Tensor]:
     chosen = LossOptions(*options)
     outputs: tuple[Tensor, Tensor]
-    outputs = kernels(chosen.backend).temporal_loss_forward(logits, target, class_weight, chosen)
+    outputs = _KERNELS[chosen.backend].temporal_loss_forward(logits, target, class_weight, chosen)
     return outputs
 
 
@@ -331,7 +330,7 @@ def _run_temporal_loss_backward(
     *options: Any,
 ) -> Tensor:
     chosen = LossOptions(*options)
-    result: Tensor = kernels(chosen.backend).temporal_loss_backward(
+    result: Tensor = _KERNELS[chosen.backend].temporal_loss_backward(
         grad, logits, target, class_weight, normalizer, chosen
     )
     return result

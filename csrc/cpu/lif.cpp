@@ -1,9 +1,9 @@
 // The multi-step LIF on the CPU: one pass over memory each way.
 //
-// Neurons are taken in blocks of columns that stay in cache over all timesteps. Rows of a block (one
-// timestep of it) are handled by loops over state-type arrays, one loop a choice (charge and reset,
-// surrogate, phi), so that a new choice adds a loop and not a product of loops. Half precision and
-// short runs are converted and gathered into such arrays first.
+// Neurons are taken in blocks of columns that stay in cache over all timesteps. Rows of a block
+// (one timestep of it) are handled by loops over state-type arrays, one loop a choice (charge and
+// reset, surrogate, phi), so that a new choice adds a loop and not a product of loops. Half
+// precision and short runs are converted and gathered into such arrays first.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -76,7 +76,8 @@ class Blocks {
   Index inners_, outers_, across_, count_;
 };
 
-// A dense [outer][steps][inner] tensor (steps = 1 for a state), read and written by rows of a block.
+// A dense [outer][steps][inner] tensor (steps = 1 for a state), read and written by rows of a
+// block.
 template <class Storage>
 struct Sequence {
   Storage* data;
@@ -168,9 +169,8 @@ template <class F>
 ForwardRow<F> choose_forward(const LIFSettings& settings) {
   ForwardRow<F> row = nullptr;
   visit_kind(Charges(), settings.charge, [&](auto charge) {
-    visit_kind(Resets(), settings.reset, [&](auto reset) {
-      row = &forward_row<decltype(charge), decltype(reset), F>;
-    });
+    visit_kind(Resets(), settings.reset,
+               [&](auto reset) { row = &forward_row<decltype(charge), decltype(reset), F>; });
   });
   return row;
 }
@@ -198,19 +198,20 @@ void backward_loop(Index n, const F* __restrict__ h, const F* __restrict__ ds, F
 template <class Reset, class Surrogate, class F>
 void backward_row(Index n, const F* h, const F* ds, F ds_extra, const F* dh_extra, F* dv, F* dx,
                   F slope, F surrogate_parameter, const Neuron<F>& neuron) {
-  (dh_extra ? backward_loop<true, Reset, Surrogate, F> : backward_loop<false, Reset, Surrogate, F>)(
-      n, h, ds, ds_extra, dh_extra, dv, dx, slope, surrogate_parameter, neuron);
+  (dh_extra ? backward_loop<true, Reset, Surrogate, F>
+            : backward_loop<false, Reset, Surrogate, F>)(n, h, ds, ds_extra, dh_extra, dv, dx,
+                                                         slope, surrogate_parameter, neuron);
 }
 
 template <class F>
-BackwardRow<F> choose_backward(const LIFSettings& settings) {
+BackwardRow<F> choose_backward(const LIFSettings& settings, bool detach_reset) {
   BackwardRow<F> row = nullptr;
   visit_kind(Resets(), settings.reset, [&](auto reset) {
     visit_kind(Surrogates(), settings.surrogate, [&](auto surrogate) {
       using Reset = decltype(reset);
       using Surrogate = decltype(surrogate);
-      row = settings.detach_reset ? &backward_row<Detached<Reset>, Surrogate, F>
-                                  : &backward_row<Reset, Surrogate, F>;
+      row = detach_reset ? &backward_row<Detached<Reset>, Surrogate, F>
+                         : &backward_row<Reset, Surrogate, F>;
     });
   });
   return row;
@@ -235,10 +236,9 @@ void add_potential_slope(const LIFSettings& settings, Index n, const F* __restri
   });
 }
 
-
 template <class F>
 Neuron<F> make_neuron(const LIFSettings& s) {
-  return {static_cast<F>(s.decay),   static_cast<F>(s.tau), static_cast<F>(s.threshold),
+  return {static_cast<F>(s.decay), static_cast<F>(s.tau), static_cast<F>(s.threshold),
           static_cast<F>(s.v_reset), s.fire_at_threshold};
 }
 
@@ -253,9 +253,9 @@ std::vector<F> growths(const LIFSettings& settings, Index steps) {
   return growth;
 }
 
-// Columns of a block, as measured: few at small T, where all rows of a block stay in the first-level
-// cache; many at large T, where short rows a timestep apart waste memory bandwidth. Every column
-// keeps `column_elements` in the second-level cache.
+// Columns of a block, as measured: few at small T, where all rows of a block stay in the
+// first-level cache; many at large T, where short rows a timestep apart waste memory bandwidth.
+// Every column keeps `column_elements` in the second-level cache.
 template <class F>
 Index block_width(const LIFShape& shape, Index column_elements, int threads) {
   constexpr Index kBytes = 4 * 1024 * 1024;
@@ -305,7 +305,9 @@ void forward(const LIFSettings& settings, const LIFForward& a, int threads) {
     if (a.penalty) std::fill_n(sum, n, F(0));
     for (Index t = 0; t < steps; ++t) {
       F* s = open_row(spikes, block, t, s_row);
-      F* h = potential.data ? open_row(potential, block, t, h_row) : sums_potential ? h_row : nullptr;
+      F* h = potential.data   ? open_row(potential, block, t, h_row)
+             : sums_potential ? h_row
+                              : nullptr;
       row(n, load_row(x, block, t, x_row), v, h, s, neuron);
       store_row(spikes, block, t, s);
       if (potential.data) store_row(potential, block, t, h);
@@ -337,14 +339,18 @@ void backward(const LIFSettings& settings, const LIFBackward& a, int threads) {
 
   const Neuron<F> neuron = make_neuron<F>(settings);
   const ForwardRow<F> forward_row = choose_forward<F>(settings);
-  const BackwardRow<F> backward_row = choose_backward<F>(settings);
+  const BackwardRow<F> backward_row = choose_backward<F>(settings, settings.detach_reset);
+  // Nothing arrives at an unused last state, and nothing times an infinite potential must stay 0.
+  const BackwardRow<F> last_row = a.grad_state ? backward_row : choose_backward<F>(settings, true);
   const std::vector<F> growth = growths<F>(settings, a.grad_penalty ? steps : 0);
   F slope = F(0);
-  visit_kind(Charges(), settings.charge, [&](auto charge) { slope = decltype(charge)::slope(neuron); });
+  visit_kind(Charges(), settings.charge,
+             [&](auto charge) { slope = decltype(charge)::slope(neuron); });
   const F surrogate_parameter = static_cast<F>(settings.surrogate_parameter);
   const Sequence<const Storage> x{static_cast<const Storage*>(a.x), steps, inner};
   const Sequence<const F> v_init{static_cast<const F*>(a.v_init), 1, inner};
-  const Sequence<const Storage> grad_spikes{static_cast<const Storage*>(a.grad_spikes), steps, inner};
+  const Sequence<const Storage> grad_spikes{static_cast<const Storage*>(a.grad_spikes), steps,
+                                            inner};
   const Sequence<const F> grad_potential{static_cast<const F*>(a.grad_potential), steps, inner};
   const Sequence<const F> grad_state{static_cast<const F*>(a.grad_state), 1, inner};
   const Sequence<Storage> grad_x{static_cast<Storage*>(a.grad_x), steps, inner};
@@ -386,7 +392,8 @@ void backward(const LIFSettings& settings, const LIFBackward& a, int threads) {
       }
       const F* ds = grad_spikes.data ? load_row(grad_spikes, block, t, in_row) : in_row;
       F* dx = open_row(grad_x, block, t, out_row);
-      backward_row(n, h_row, ds, ds_extra, dh_extra, dv, dx, slope, surrogate_parameter, neuron);
+      const BackwardRow<F> row = t == steps - 1 ? last_row : backward_row;
+      row(n, h_row, ds, ds_extra, dh_extra, dv, dx, slope, surrogate_parameter, neuron);
       store_row(grad_x, block, t, dx);
     }
     if (grad_v_init.data) copy_row(grad_v_init, block, 0, dv);
@@ -396,11 +403,13 @@ void backward(const LIFSettings& settings, const LIFBackward& a, int threads) {
 }  // namespace
 
 void lif_forward(const LIFSettings& settings, const LIFForward& a, int threads) {
-  visit_dtype(a.shape.dtype, [&](auto storage) { forward<decltype(storage)>(settings, a, threads); });
+  visit_dtype(a.shape.dtype,
+              [&](auto storage) { forward<decltype(storage)>(settings, a, threads); });
 }
 
 void lif_backward(const LIFSettings& settings, const LIFBackward& a, int threads) {
-  visit_dtype(a.shape.dtype, [&](auto storage) { backward<decltype(storage)>(settings, a, threads); });
+  visit_dtype(a.shape.dtype,
+              [&](auto storage) { backward<decltype(storage)>(settings, a, threads); });
 }
 
 }  // namespace TRT_ISA

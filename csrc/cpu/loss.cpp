@@ -86,7 +86,7 @@ void load_row(const LossSettings& s, const LossTensors& a, Index index, Row<F>& 
 template <class F>
 F log_normalizer(Row<F>& row, Index n) {
   const F largest = max_row(n, row.logits, -std::numeric_limits<F>::infinity());
-  for (Index c = 0; c < n; ++c) row.work[c] = exp_shifted(row.logits[c] - largest);
+  for (Index c = 0; c < n; ++c) row.work[c] = exp_nonpositive(row.logits[c] - largest);
   return largest + static_cast<F>(std::log(sum_row(n, row.work)));
 }
 
@@ -159,14 +159,15 @@ void gradient(const LossSettings& s, const LossTensors& a, double upstream, void
   const Index n = s.classes;
   const Means means = make_means<F>(s, a);
   const double steps = static_cast<double>(s.steps);
-  const F entropy_scale =
-      s.entropy_ratio != 0 ? static_cast<F>(upstream * s.entropy_ratio / means.entropy / steps) : F(0);
+  const F entropy_scale = s.entropy_ratio != 0
+                              ? static_cast<F>(upstream * s.entropy_ratio / means.entropy / steps)
+                              : F(0);
   const F square_scale =
       s.square_ratio != 0 ? static_cast<F>(upstream * s.square_ratio / means.square / steps) : F(0);
   for_rows<F>(s, threads, [&](Index index, Row<F>& row) {
     load_row<Storage>(s, a, index, row);
-    Storage* to = const_cast<Storage*>(
-        row_of<Storage, F>(s, static_cast<const Storage*>(grad), index));
+    Storage* to =
+        const_cast<Storage*>(row_of<Storage, F>(s, static_cast<const Storage*>(grad), index));
     if (row.ignored || row.invalid) {
       const F fill = row.invalid ? std::numeric_limits<F>::quiet_NaN() : F(0);
       for (Index c = 0; c < n; ++c) store(&to[c], fill);
@@ -186,9 +187,8 @@ void gradient(const LossSettings& s, const LossTensors& a, double upstream, void
 
 double loss_value(const LossSettings& settings, const LossTensors& tensors, int threads) {
   double result = 0;
-  visit_dtype(settings.dtype, [&](auto storage) {
-    result = value<decltype(storage)>(settings, tensors, threads);
-  });
+  visit_dtype(settings.dtype,
+              [&](auto storage) { result = value<decltype(storage)>(settings, tensors, threads); });
   return result;
 }
 

@@ -13,9 +13,8 @@ struct KindList {};
 inline int find_kind(KindList<>, const char*, int) { return -1; }
 template <class First, class... Rest>
 int find_kind(KindList<First, Rest...>, const char* name, int position = 0) {
-  return std::strcmp(First::name, name) == 0
-             ? position
-             : find_kind(KindList<Rest...>(), name, position + 1);
+  return std::strcmp(First::name, name) == 0 ? position
+                                             : find_kind(KindList<Rest...>(), name, position + 1);
 }
 
 // Calls f(Kind()) for the kind at `position`: a uniform branch outside the loops.

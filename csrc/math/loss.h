@@ -15,18 +15,17 @@ TRT_HD F smoothed_target(F given, F smoothing, F classes) {
   return given * (F(1) - smoothing) + smoothing / classes;
 }
 
-// e^z for z <= 0 with an exact 0 where it underflows: a logit of minus infinity has no gradient.
+// e^z for z <= 0.
 template <class F>
-TRT_HD F exp_shifted(F z) {
-  const F e = exp2_nonpositive(z * F(kLog2E));
-  return z < F(-87) ? F(0) : e;
+TRT_HD F exp_nonpositive(F z) {
+  return exp2_nonpositive(z * F(kLog2E));
 }
 
 // d/dO_c of entropy_scale * cross entropy + square_scale * sum_c (O_c - p_c)^2.
 template <class F>
 TRT_HD F loss_gradient(F logit, F log_normalizer, F share, F all_shares, F square_target,
                        F entropy_scale, F square_scale) {
-  const F softmax = exp_shifted(logit - log_normalizer);
+  const F softmax = exp_nonpositive(logit - log_normalizer);
   return entropy_scale * (all_shares * softmax - share) +
          square_scale * F(2) * (logit - square_target);
 }

@@ -9,8 +9,8 @@ inline namespace TRT_ISA {
 // Largest expm1(delta t): a term divided by more is nothing, and its square stays finite in float.
 constexpr double kLargestGrowth = 1152921504606846976.0;  // 2^60
 
-// phi(h) and phi'(h). `growth` is expm1(delta * t), used by "trt" alone. "spike" is not in the list:
-// its value is the spike and its gradient goes through the surrogate.
+// phi(h) and phi'(h). `growth` is expm1(delta * t), used by "trt" alone. "spike" is not in the
+// list: its value is the spike and its gradient goes through the surrogate.
 struct SquarePotential {
   static constexpr const char* name = "square";
   template <class F>

@@ -81,17 +81,14 @@ def in_layout_of(x: Tensor, value: Tensor | None) -> Tensor | None:
     return torch.empty_like(x, dtype=value.dtype).copy_(value)
 
 
-def runs(x: Tensor, time_dim: int) -> tuple[int, int, int]:
-    """(outer, steps, inner) of a dense x."""
-    steps, numel = x.shape[time_dim], x.numel()
-    if steps == 0:
-        return (1, 0, math.prod(n for dim, n in enumerate(x.shape) if dim != time_dim))
-    if numel == 0:
-        return (0, steps, 0)
-    if steps == 1:
-        return (1, 1, numel)
-    inner = math.prod(x.shape[time_dim + 1 :]) if x.is_contiguous() else x.stride(time_dim)
-    return (numel // (steps * inner), steps, inner)
+def sequence(x: Tensor, time_dim: int) -> tuple[Any, tuple[int, ...], int]:
+    """What the kernels need to know of a dense x: dtype, sizes in memory order, and which is time."""
+    if x.is_contiguous():
+        return DTYPES[x.dtype], x.shape, time_dim
+    steps = x.shape[time_dim]
+    # In any dense order, what lies within a timestep is as large as the step's stride.
+    inner = x.stride(time_dim) if steps > 1 else x.numel()
+    return DTYPES[x.dtype], (x.numel() // (steps * inner), steps, inner), 1
 
 
 def address(tensor: Tensor | None) -> int:
@@ -123,17 +120,17 @@ def lif_handle(options: LIFOptions) -> Any:
     return handle
 
 
-def launch(handle: Any, direction: str, x: Tensor, *arguments: Any) -> None:
-    """Runs `handle`'s kernel of a direction on x's device: CPU threads, or the current stream."""
-    if x.device.type == "cpu":
-        getattr(handle, "cpu_" + direction)(*arguments, torch.get_num_threads())
+def launch(handle: Any, direction: str, x: Tensor, arguments: tuple[Any, ...]) -> None:
+    """Runs `handle`'s kernel of a direction: on the CPU's threads, or on x's current stream."""
+    if x.is_cpu:
+        run = handle.cpu_forward if direction == "forward" else handle.cpu_backward
+        run(*arguments, torch.get_num_threads())
         return
-    size = getattr(handle, f"cuda_{direction}_workspace")(*arguments[:2])
+    size = getattr(handle, f"cuda_{direction}_workspace")(*arguments[:3])
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    getattr(handle, "cuda_" + direction)(
-        *arguments, workspace.data_ptr(), x.get_device(), stream
-    )
+    run = getattr(handle, f"cuda_{direction}")
+    run(*arguments, workspace.data_ptr(), x.get_device(), stream)
 
 
 def lif_forward(
@@ -141,30 +138,29 @@ def lif_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Spikes, state, potential and regularizer; what `options` does not ask for is None."""
     time_dim = options.time_dim
-    x = dense(x)
+    if not x.is_contiguous():
+        x = dense(x)
     spikes = torch.empty_like(x)
-    state = empty_state(x, time_dim) if options.return_state else None
-    potential = penalty = None
+    state = potential = penalty = None
+    if options.return_state:
+        state = empty_state(x, time_dim)
     if options.return_potential:
         potential = torch.empty_like(x, dtype=state_dtype(x.dtype))
     if weight is not None:
         penalty = x.new_empty((), dtype=state_dtype(x.dtype))
     if v_init is not None:
         v_init = in_layout_of(empty_state(x, time_dim), v_init)
-    launch(
-        lif_handle(options),
-        "forward",
-        x,
-        DTYPES[x.dtype],
-        runs(x, time_dim),
+    arguments = (
+        *sequence(x, time_dim),
         x.data_ptr(),
-        address(v_init),
-        address(weight),
+        0 if v_init is None else v_init.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
         spikes.data_ptr(),
-        address(potential),
-        address(state),
-        address(penalty),
+        0 if potential is None else potential.data_ptr(),
+        0 if state is None else state.data_ptr(),
+        0 if penalty is None else penalty.data_ptr(),
     )
+    launch(lif_handle(options), "forward", x, arguments)
     return spikes, state, potential, penalty
 
 
@@ -172,38 +168,38 @@ def lif_backward(
     x: Tensor,
     v_init: Tensor | None,
     weight: Tensor | None,
-    grad_spikes: Tensor | None,
-    grad_state: Tensor | None,
-    grad_potential: Tensor | None,
-    grad_penalty: Tensor | None,
+    grads: Sequence[Tensor | None],
     needs_v_init: bool,
     options: LIFOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and v_init; a missing gradient is zero."""
+    """Gradients of x and v_init from those of spikes, state, potential, penalty; None is zero."""
+    grad_spikes, grad_state, grad_potential, grad_penalty = grads
     time_dim = options.time_dim
-    x = dense(x)
+    if not x.is_contiguous():
+        x = dense(x)
     grad_x = torch.empty_like(x)
     grad_v_init = None
     if v_init is not None or grad_state is not None:
         state = empty_state(x, time_dim)
         grad_v_init = state if needs_v_init else None
         v_init, grad_state = in_layout_of(state, v_init), in_layout_of(state, grad_state)
-    launch(
-        lif_handle(options),
-        "backward",
-        x,
-        DTYPES[x.dtype],
-        runs(x, time_dim),
+    if grad_spikes is not None and grad_spikes.stride() != x.stride():
+        grad_spikes = in_layout_of(x, grad_spikes)
+    if grad_potential is not None:
+        grad_potential = in_layout_of(x, grad_potential)
+    arguments = (
+        *sequence(x, time_dim),
         x.data_ptr(),
-        address(v_init),
-        address(weight),
-        address(in_layout_of(x, grad_spikes)),
-        address(in_layout_of(x, grad_potential)),
-        address(grad_state),
-        address(grad_penalty),
+        0 if v_init is None else v_init.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        0 if grad_spikes is None else grad_spikes.data_ptr(),
+        0 if grad_potential is None else grad_potential.data_ptr(),
+        0 if grad_state is None else grad_state.data_ptr(),
+        0 if grad_penalty is None else grad_penalty.data_ptr(),
         grad_x.data_ptr(),
-        address(grad_v_init),
+        0 if grad_v_init is None else grad_v_init.data_ptr(),
     )
+    launch(lif_handle(options), "backward", x, arguments)
     return grad_x, grad_v_init
 
 

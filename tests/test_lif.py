@@ -1,0 +1,496 @@
+"""`lif` on the compiled backend against the reference."""
+
+import itertools
+import multiprocessing
+
+import pytest
+import torch
+
+import trt_kernels as tk
+from tests.cases import (
+    PHIS,
+    RESETS,
+    SHAPES,
+    SURROGATES,
+    at_potentials,
+    lif_gradients,
+    quantised,
+    random_grads,
+    relative_error,
+    without_time,
+)
+from trt_kernels.backends.reference.lif import Fire
+
+NEURONS = list(itertools.product(RESETS, (False, True)))  # (reset, detach_reset)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def inputs_of(shape, time_dim, dtype=torch.float32):
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    x = quantised(shape).to(dtype).requires_grad_()
+    v_init = quantised(without_time(shape, time_dim)).to(state).requires_grad_()
+    return x, v_init
+
+
+def compare(inputs, **options):
+    """Forward bit for bit, backward norm-wise, against the reference."""
+    reference, _ = lif_gradients(inputs, None, backend="reference", **options)
+    grads = random_grads(reference)
+    out, ours = lif_gradients(inputs, grads, backend="cpu", **options)
+    reference, theirs = lif_gradients(inputs, grads, backend="reference", **options)
+    for name in ("spikes", "state", "potential"):
+        a, b = getattr(out, name), getattr(reference, name)
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name
+    assert out.spikes.stride() == reference.spikes.stride()
+    if out.penalty is not None:
+        torch.testing.assert_close(out.penalty, reference.penalty, rtol=2e-6, atol=1e-7)
+    bound = 1e-2 if inputs[0].dtype in (torch.bfloat16, torch.float16) else 2e-6
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert relative_error(a, b) < bound
+
+
+@pytest.mark.parametrize("reset,detach_reset", NEURONS)
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: s.name)
+def test_matches_reference_for_every_neuron(reset, detach_reset, surrogate, level):
+    for charge, at, phi in itertools.product(("decay", "divide"), (False, True), PHIS):
+        shape, time_dim = ((6, 5, 43), 0)
+        compare(
+            inputs_of(shape, time_dim),
+            decay=1 / 3,
+            threshold=0.7,
+            v_reset=-0.1,
+            reset=reset,
+            detach_reset=detach_reset,
+            surrogate=surrogate,
+            charge=charge,
+            fire_at_threshold=at,
+            time_dim=time_dim,
+            penalty=tk.MembranePenalty(phi, torch.rand(6), delta=0.3),
+        )
+
+
+@pytest.mark.parametrize("shape,time_dim", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_for_every_shape_and_dtype(shape, time_dim, dtype, level):
+    compare(inputs_of(shape, time_dim, dtype), time_dim=time_dim)
+    compare(
+        inputs_of(shape, time_dim, dtype),
+        time_dim=time_dim - len(shape),
+        reset="soft",
+        surrogate=tk.Sigmoid(4.0),
+        penalty=tk.MembranePenalty("square", torch.rand(shape[time_dim])),
+    )
+
+
+@pytest.mark.parametrize("steps", (100, 1000))
+def test_long_sequences(steps):
+    compare(inputs_of((steps, 300), 0), decay=0.9)
+    compare(inputs_of((3, steps, 50), 1), decay=0.9, time_dim=1, reset="soft")
+
+
+def test_bits_over_1e8_neuron_steps():
+    """Spikes and potentials, half of them on inputs quantised to 0.1 that meet the threshold."""
+    count = 0
+    settings = itertools.cycle(
+        [
+            {},
+            {"reset": "soft", "decay": 0.9, "fire_at_threshold": True},
+            {"charge": "divide", "decay": 1 / 3},
+            {"reset": "none", "decay": 0.7},
+        ]
+    )
+    while count < 100_000_000:
+        options = next(settings)
+        for x in (torch.randn(10, 640_000), quantised((10, 640_000))):
+            with torch.no_grad():
+                ours = tk.lif(x, return_potential=True, backend="cpu", **options)
+                theirs = tk.lif(x, return_potential=True, backend="reference", **options)
+            assert torch.equal(ours.spikes, theirs.spikes)
+            assert torch.equal(ours.potential, theirs.potential)
+            count += x.numel()
+
+
+@pytest.mark.parametrize("reset,detach_reset", NEURONS)
+@pytest.mark.parametrize("phi", (None, *PHIS))
+def test_gradients_against_float64_at_the_same_potentials(reset, detach_reset, phi):
+    for surrogate in SURROGATES:
+        x, v_init = inputs_of((10, 4000), 0)
+        options = {
+            "decay": 0.5,
+            "threshold": 1.0,
+            "v_reset": 0.0,
+            "reset": reset,
+            "detach_reset": detach_reset,
+            "surrogate": surrogate,
+            "fire_at_threshold": False,
+            "time_dim": 0,
+        }
+        if phi is not None:
+            options["penalty"] = tk.MembranePenalty(phi, torch.rand(10))
+        out, _ = lif_gradients((x, v_init), None, **options)
+        grads = random_grads(out)
+        _, ours = lif_gradients((x, v_init), grads, **options)
+        grad_spikes, grad_state, *rest = grads
+        grad_penalty, grad_potential = rest if phi is not None else (None, rest[0])
+        exact = at_potentials(
+            x.detach(),
+            v_init.detach(),
+            (grad_spikes, grad_state, grad_penalty, grad_potential),
+            out.potential.detach(),
+            **options,
+        )
+        for a, b in zip(ours, exact, strict=True):
+            assert relative_error(a, b) < 1e-6, surrogate
+
+
+@pytest.mark.parametrize("phi", PHIS[:3])
+def test_gradcheck_where_smooth(phi):
+    """Below the threshold, and without a surrogate's slope, everything is differentiable."""
+    x = (torch.rand(4, 6, dtype=torch.float64) * 0.3 + 0.05).requires_grad_()
+    v_init = (torch.rand(6, dtype=torch.float64) * 0.1).requires_grad_()
+    penalty = tk.MembranePenalty(phi, torch.rand(4, dtype=torch.float64))
+
+    def smooth(x, v_init):
+        out = tk.lif(
+            x,
+            v_init=v_init,
+            threshold=5.0,
+            surrogate=tk.Triangle(1.0),
+            penalty=penalty,
+            return_state=True,
+            return_potential=True,
+        )
+        return out.state, out.penalty, out.potential
+
+    assert torch.autograd.gradcheck(smooth, (x, v_init))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_precision_is_as_good_as_plain_torch(dtype):
+    """Error against float32 at most twice that of the same loop with half inputs in plain torch."""
+    x = torch.randn(8, 5000).to(dtype)
+    exact = x.float().requires_grad_()
+    grad = torch.randn(8, 5000).to(dtype)
+    tk.lif(exact, reset="none", surrogate=tk.ATan(), backend="reference").backward(grad.float())
+
+    ours = x.clone().requires_grad_()
+    tk.lif(ours, reset="none", surrogate=tk.ATan()).backward(grad)
+    plain = x.clone().requires_grad_()
+    v, spikes = torch.zeros_like(plain[0]), []
+    for x_t in plain:
+        v = 0.5 * v + x_t
+        spikes.append(Fire.apply(v, 1.0, False, tk.ATan()))
+    torch.stack(spikes).backward(grad)
+    assert relative_error(ours.grad, exact.grad) <= 2 * relative_error(plain.grad, exact.grad)
+
+
+def test_layouts_are_read_in_place_and_kept():
+    for time_dim, order in ((0, (0, 1, 3, 4, 2)), (1, (0, 1, 3, 4, 2)), (1, (1, 0, 2, 3, 4))):
+        base = torch.randn(4, 3, 6, 5, 2)
+        inverse = [order.index(i) for i in range(5)]
+        x = base.permute(order).contiguous().permute(inverse).requires_grad_()
+        assert not x.is_contiguous()
+        v_init = torch.randn(without_time(x.shape, time_dim), requires_grad=True)
+        compare((x, v_init), time_dim=time_dim)
+        out = tk.lif(x, time_dim=time_dim, return_potential=True)
+        assert out.spikes.stride() == out.potential.stride() == x.stride()
+
+
+def test_views_at_odd_offsets_write_nothing_outside():
+    for dtype, offset in itertools.product(DTYPES, (1, 2, 3, 5)):
+        base = torch.randn(200).to(dtype)
+        x = base[offset : offset + 5 * 33].view(5, 33)
+        before = base.clone()
+        out = tk.lif(x)
+        assert torch.equal(out, tk.lif(x.clone()))
+        assert torch.equal(base, before)
+
+
+def test_kernel_writes_between_sentinels():
+    """The binding is given memory inside a larger buffer: what lies around it must survive."""
+    from trt_kernels.backends.native import DTYPES as native_dtypes
+    from trt_kernels.backends.native import lif_handle
+
+    tk.lif(torch.zeros(1, 1))
+    options = next(iter(tk.functional._checked.values()))
+    for columns, offset in itertools.product((1, 7, 33, 129, 300), (1, 3)):
+        x, g = torch.randn(6, columns), torch.randn(6, columns)
+        buffer = torch.full((6 * columns + 64,), 7.0)
+        target = buffer[offset : offset + 6 * columns].view(6, columns)
+        head = (native_dtypes[x.dtype], x.shape, 0, x.data_ptr(), 0, 0)
+        lif_handle(options).cpu_forward(*head, target.data_ptr(), 0, 0, 0, 2)
+        assert torch.equal(target, tk.lif(x))
+        rest = (g.data_ptr(), 0, 0, 0, target.data_ptr(), 0, 2)
+        lif_handle(options).cpu_backward(*head, *rest)
+        outside = torch.cat([buffer[:offset], buffer[offset + 6 * columns :]])
+        assert (outside == 7).all()
+
+
+def test_gradients_of_any_layout():
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    dense = torch.autograd.grad(tk.lif(x), x, torch.ones(4, 3, 5))[0]
+    expanded = torch.autograd.grad(tk.lif(x), x, torch.ones(()).expand(4, 3, 5))[0]
+    transposed = torch.ones(5, 3, 4).permute(2, 1, 0)
+    permuted = torch.autograd.grad(tk.lif(x), x, transposed)[0]
+    gapped = torch.autograd.grad(tk.lif(x), x, torch.ones(4, 3, 10)[..., ::2])[0]
+    for other in (expanded, permuted, gapped):
+        assert torch.equal(dense, other)
+    assert torch.equal(torch.autograd.grad(tk.lif(x).sum(), x)[0], dense)
+
+
+def test_gapped_and_expanded_inputs():
+    x = torch.randn(4, 3, 10)[..., ::2].requires_grad_()
+    compare((x, torch.randn(3, 5, requires_grad=True)))
+    constant = torch.randn(3, 5, requires_grad=True)
+    ours = torch.autograd.grad(tk.lif(constant.expand(4, 3, 5)).sum(), constant)[0]
+    theirs = torch.autograd.grad(
+        tk.lif(constant.expand(4, 3, 5), backend="reference").sum(), constant
+    )[0]
+    assert relative_error(ours, theirs) < 1e-6
+
+
+def test_only_some_outputs_used():
+    x, v_init = inputs_of((4, 50), 0)
+    penalty = tk.MembranePenalty("trt", torch.rand(4))
+    for name in ("spikes", "state", "penalty", "potential"):
+        grads = []
+        for backend in ("cpu", "reference"):
+            out = tk.lif(
+                x,
+                v_init=v_init,
+                penalty=penalty,
+                return_state=True,
+                return_potential=True,
+                backend=backend,
+            )
+            grads.append(torch.autograd.grad(getattr(out, name).sum(), (x, v_init)))
+        for a, b in zip(*grads, strict=True):
+            assert relative_error(a, b) < 2e-6, name
+
+
+def test_only_v_init_needs_a_gradient():
+    v_init = torch.rand(5, requires_grad=True)
+    (grad,) = torch.autograd.grad(tk.lif(torch.rand(3, 5), v_init=v_init).sum(), v_init)
+    assert grad.shape == (5,) and grad.isfinite().all()
+
+
+def test_chunks_carry_the_state_exactly():
+    x = torch.randn(12, 77)
+    whole = tk.lif(x, return_state=True)
+    state, spikes = None, []
+    for chunk in x.split(5):
+        out = tk.lif(chunk, v_init=state, return_state=True)
+        state = out.state
+        spikes.append(out.spikes)
+    assert torch.equal(torch.cat(spikes), whole.spikes)
+    assert torch.equal(state, whole.state)
+
+
+def test_nonfinite_inputs_propagate_as_in_the_reference():
+    special = (float("nan"), float("inf"), -float("inf"))
+    for value, reset, detach, surrogate in itertools.product(
+        special, RESETS, (False, True), SURROGATES
+    ):
+        x = torch.randn(6, 100)
+        x[torch.rand_like(x) < 0.1] = value
+        results = []
+        for backend in ("cpu", "reference"):
+            leaf = x.clone().requires_grad_()
+            out = tk.lif(
+                leaf,
+                reset=reset,
+                detach_reset=detach,
+                surrogate=surrogate,
+                return_potential=True,
+                backend=backend,
+            )
+            out.spikes.sum().backward()
+            results.append((out.spikes.detach(), out.potential.detach(), leaf.grad))
+        (s, h, g), (s_ref, h_ref, g_ref) = results
+        assert torch.equal(s, s_ref)
+        torch.testing.assert_close(h, h_ref, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(g, g_ref, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_empty(backend):
+    for shape, time_dim in (((0, 5), 0), ((4, 0), 0), ((2, 0, 3), 1), ((0, 4, 3), 1)):
+        x = torch.zeros(shape, requires_grad=True)
+        v_init = torch.ones(without_time(shape, time_dim), requires_grad=True)
+        out = tk.lif(
+            x,
+            v_init=v_init,
+            time_dim=time_dim,
+            penalty=tk.MembranePenalty("square", torch.ones(shape[time_dim])),
+            return_state=True,
+            return_potential=True,
+            backend=backend,
+        )
+        assert out.spikes.shape == out.potential.shape == torch.Size(shape)
+        assert torch.equal(out.state, v_init)
+        assert out.penalty == 0
+        gx, gv = torch.autograd.grad(
+            out.spikes.sum() + out.state.sum(), (x, v_init), allow_unused=True
+        )
+        assert gx is None or gx.shape == x.shape
+        assert torch.equal(gv, torch.ones_like(v_init))
+
+
+def test_results_do_not_depend_on_threads(threads):
+    for shape, time_dim in (((6, 70001), 0), ((9, 6, 5000), 1), ((3000, 6, 20), 1)):
+        x = torch.randn(shape, requires_grad=True)
+        penalty = tk.MembranePenalty("trt", torch.rand(6))
+        results = []
+        for count in (1, 2, 5, 2):
+            threads(count)
+            out = tk.lif(x, time_dim=time_dim, penalty=penalty)
+            (grad,) = torch.autograd.grad(out.spikes.sum() + out.penalty, x)
+            results.append((out.spikes.detach(), out.penalty.detach(), grad))
+        for other in results[1:]:
+            assert all(map(torch.equal, results[0], other))
+
+
+def _in_child(x, queue):
+    # Large enough for our threads, too small for torch's own, which hang in a fork by themselves.
+    tk.lif(x).backward(torch.ones_like(x))
+    queue.put(float(x.grad.max()))
+
+
+def test_works_in_a_forked_child():
+    """libgomp hangs in a fork after its threads were started, unless the kernel runs serially."""
+    x = torch.ones(4, 8000, requires_grad=True)
+    assert x.numel() > 16 * 1024
+    tk.lif(torch.ones(4, 100_000))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_in_child, args=(x, queue))
+    child.start()
+    child.join(timeout=60)
+    hung = child.is_alive()
+    child.kill()
+    assert not hung
+    tk.lif(x).backward(torch.ones_like(x))
+    assert queue.get() == float(x.grad.max())
+
+
+def test_keeps_one_tensor_like_x():
+    for dtype in DTYPES:
+        x = torch.randn(6, 1000).to(dtype).requires_grad_()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            tk.lif(x, penalty=tk.MembranePenalty("square", torch.ones(6)), return_state=True)
+        big = [t for t in kept if t is not None and t.numel() > 6]
+        assert [t.data_ptr() for t in big] == [x.data_ptr()]
+
+
+def test_changing_x_in_place_is_caught():
+    x = torch.randn(4, 5, requires_grad=True)
+    y = x * 1
+    out = tk.lif(y)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_custom_surrogate_runs_on_the_reference_only():
+    def boxcar(u):
+        return (u.abs() < 0.5).to(u.dtype)
+
+    x = torch.randn(4, 50, requires_grad=True)
+    mine = tk.lif(x, surrogate=boxcar, backend="reference")
+    known = tk.lif(x, surrogate=tk.Rectangle(1.0), backend="reference")
+    grads = [torch.autograd.grad(out.sum(), x)[0] for out in (mine, known)]
+    assert torch.equal(*grads)
+    for backend in (None, "cpu", "auto"):
+        with pytest.raises(ValueError, match="boxcar.*backend='reference'"):
+            tk.lif(x, surrogate=boxcar, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_double_backward_raises(backend):
+    x = torch.randn(4, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="lif cannot be differentiated twice"):
+        torch.autograd.grad(tk.lif(x, backend=backend).sum(), x, create_graph=True)
+
+
+X = torch.zeros(4, 3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "x,options,error,message",
+    [
+        (None, {}, TypeError, "x: got NoneType"),
+        (X.long(), {}, TypeError, "x: got dtype torch.int64"),
+        (X.cfloat(), {}, TypeError, "x: got dtype torch.complex64"),
+        (X.to_sparse(), {}, ValueError, "x: got layout torch.sparse_coo"),
+        ("quantised", {}, TypeError, "x: got dtype torch.qint8"),
+        (torch.zeros(()), {}, ValueError, "x: got a scalar"),
+        (X, {"time_dim": 2}, ValueError, "time_dim: got 2"),
+        (X, {"time_dim": -3}, ValueError, "time_dim: got -3"),
+        (X, {"time_dim": 0.0}, TypeError, "time_dim: got 0.0"),
+        (X, {"decay": float("nan")}, ValueError, "decay: got nan"),
+        (X, {"decay": float("inf")}, ValueError, "decay: got inf"),
+        (X, {"decay": "a"}, TypeError, "decay: got 'a'"),
+        (X, {"decay": [0.5]}, TypeError, r"decay: got \[0.5\]"),
+        (X, {"decay": torch.tensor(0.5)}, NotImplementedError, "decay: got a tensor"),
+        (X, {"decay": torch.ones(3)}, NotImplementedError, "decay.*per-channel"),
+        (X, {"threshold": torch.ones(3)}, NotImplementedError, "threshold: got a tensor"),
+        (X, {"decay": 0.0, "charge": "divide"}, ValueError, "decay: got 0"),
+        (X, {"threshold": float("-inf")}, ValueError, "threshold: got -inf"),
+        (X, {"v_reset": float("nan")}, ValueError, "v_reset: got nan"),
+        (X, {"reset": "zero"}, ValueError, "reset: got 'zero', needs one of 'hard'"),
+        (X, {"detach_reset": 1}, TypeError, "detach_reset: got 1"),
+        (X, {"fire_at_threshold": "yes"}, TypeError, "fire_at_threshold: got 'yes'"),
+        (X, {"charge": "spikingjelly"}, ValueError, "charge: got 'spikingjelly'"),
+        (X, {"surrogate": "triangle"}, TypeError, "surrogate: got 'triangle'"),
+        (X, {"surrogate": tk.Triangle}, TypeError, "surrogate: got <class"),
+        (X, {"v_init": torch.zeros(4)}, ValueError, r"v_init: got shape \(4,\), needs \(3,\)"),
+        (X, {"v_init": torch.zeros(3).double()}, TypeError, "v_init: got dtype torch.float64"),
+        (X.half(), {"v_init": torch.zeros(3).half()}, TypeError, "v_init: got dtype"),
+        (X, {"v_init": torch.zeros(3, device="meta")}, ValueError, "v_init: got a tensor on meta"),
+        (X, {"v_init": 0.0}, TypeError, "v_init: got float"),
+        (X, {"penalty": 0.1}, TypeError, "penalty: got float"),
+        (X, {"penalty": tk.MembranePenalty("trt", [1.0])}, ValueError, "penalty: .* 1 entries"),
+        (X, {"backend": "gpu"}, ValueError, "backend: got 'gpu', needs one of 'cpu'"),
+        (X, {"backend": "cuda"}, RuntimeError, "lif: backend 'cuda' cannot serve"),
+        (X, {"backend": "triton"}, RuntimeError, "lif: backend 'triton' cannot serve"),
+        (X.to("meta"), {}, RuntimeError, "no compiled backend serves device meta"),
+        (X, {"steps": 4}, NotImplementedError, "steps"),
+        (X, {"channel_dim": 1}, NotImplementedError, "channel_dim"),
+        (X, {"statistics": True}, NotImplementedError, "statistics"),
+        (X, {"memory": "bits"}, NotImplementedError, "memory: 'bits'"),
+        (X, {"memory": "none"}, ValueError, "memory: got 'none'"),
+        (X, {"return_state": None}, TypeError, "return_state: got None"),
+    ],
+    ids=str,
+)
+def test_bad_input(x, options, error, message):
+    if isinstance(x, str):
+        x = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
+    for _ in range(2):  # a remembered call must not pass the second time
+        with pytest.raises(error, match=message):
+            tk.lif(x, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        (("cube", [1.0]), ValueError, "phi: got 'cube'"),
+        (("square", torch.ones(2, 2)), ValueError, r"weight: got shape \(2, 2\)"),
+        (("square", torch.ones(2).long()), TypeError, "weight: got dtype"),
+        (("square", [1.0, float("nan")]), ValueError, "weight: got nan"),
+        (("square", torch.tensor([float("inf")])), ValueError, "weight: got"),
+        (("square", torch.ones(2, requires_grad=True)), ValueError, "weight: requires grad"),
+    ],
+    ids=str,
+)
+def test_bad_membrane_penalty(arguments, error, message):
+    with pytest.raises(error, match=message):
+        tk.MembranePenalty(*arguments)
+    with pytest.raises(ValueError, match="delta: got -1"):
+        tk.MembranePenalty("trt", [1.0], delta=-1)
+    with pytest.raises(ValueError, match="eps: got -1"):
+        tk.MembranePenalty("trt", [1.0], eps=-1)
