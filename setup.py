@@ -83,7 +83,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"trt_kernels: {error}") from error
 
     def build_core(self, target, nvcc=None, missing=""):
-        """Configures from scratch (an isolated build's tools are gone by the next one) and builds."""
+        """Configures from scratch (an isolated build's tools are gone by the next), then builds."""
         import pybind11
 
         folder = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")
@@ -110,11 +110,12 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_CUDA_ARCHITECTURES={cuda_archs()}",
             ]
         for command in (configure, ["cmake", "--build", str(folder), "--target", "_C"]):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             print(done.stdout)
             if done.returncode:
                 raise BuildFailed(f"{' '.join(command[:2])} failed: {first_error(done.stdout)}")
-
 
 
 def first_error(output):

@@ -1,5 +1,10 @@
 """Fixtures that every test shares."""
 
+import os
+
+# Several test processes share the cores: threads that wait must not spin. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

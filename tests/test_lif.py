@@ -375,14 +375,14 @@ def test_works_in_a_forked_child():
     assert queue.get() == float(x.grad.max())
 
 
-def test_keeps_one_tensor_like_x():
-    for dtype in DTYPES:
-        x = torch.randn(6, 1000).to(dtype).requires_grad_()
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            tk.lif(x, penalty=tk.MembranePenalty("square", torch.ones(6)), return_state=True)
-        big = [t for t in kept if t is not None and t.numel() > 6]
-        assert [t.data_ptr() for t in big] == [x.data_ptr()]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keeps_one_tensor_like_x(dtype):
+    x = torch.randn(6, 1000).to(dtype).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        tk.lif(x, penalty=tk.MembranePenalty("square", torch.ones(6)), return_state=True)
+    big = [t for t in kept if t is not None and t.numel() > 6]
+    assert [t.data_ptr() for t in big] == [x.data_ptr()]
 
 
 def test_changing_x_in_place_is_caught():
@@ -404,7 +404,7 @@ def test_custom_surrogate_runs_on_the_reference_only():
     grads = [torch.autograd.grad(out.sum(), x)[0] for out in (mine, known)]
     assert torch.equal(*grads)
     for backend in (None, "cpu", "auto"):
-        with pytest.raises(ValueError, match="boxcar.*backend='reference'"):
+        with pytest.raises(ValueError, match=r"boxcar.*backend='reference'"):
             tk.lif(x, surrogate=boxcar, backend=backend)
 
 
@@ -465,7 +465,6 @@ X = torch.zeros(4, 3)
         (X, {"memory": "none"}, ValueError, "memory: got 'none'"),
         (X, {"return_state": None}, TypeError, "return_state: got None"),
     ],
-    ids=str,
 )
 def test_bad_input(x, options, error, message):
     if isinstance(x, str):
@@ -485,7 +484,6 @@ def test_bad_input(x, options, error, message):
         (("square", torch.tensor([float("inf")])), ValueError, "weight: got"),
         (("square", torch.ones(2, requires_grad=True)), ValueError, "weight: requires grad"),
     ],
-    ids=str,
 )
 def test_bad_membrane_penalty(arguments, error, message):
     with pytest.raises(error, match=message):

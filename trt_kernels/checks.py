@@ -1,4 +1,4 @@
-"""Checks that several public functions share; each names the argument, what it got, what it needs."""
+"""Checks that public functions share: each names the argument, what it got, what it needs."""
 
 import math
 from numbers import Real

@@ -35,7 +35,9 @@ _checked: dict[tuple[Any, ...], LIFOptions] = {}
 _MOST_CHECKED = 4096
 
 
-def _check_lif(x: Tensor, penalty: MembranePenalty | None, backend: Any, settings: Any) -> LIFOptions:
+def _check_lif(
+    x: Tensor, penalty: MembranePenalty | None, backend: Any, settings: Any
+) -> LIFOptions:
     """Everything about a call that does not depend on the values of its tensors."""
     checks.tensor("x", x)
     if x.ndim == 0:
@@ -43,7 +45,7 @@ def _check_lif(x: Tensor, penalty: MembranePenalty | None, backend: Any, setting
     if penalty is not None and not isinstance(penalty, MembranePenalty):
         raise TypeError(f"penalty: got {type(penalty).__name__}, needs a MembranePenalty")
     return make_lif_options(
-        *settings,
+        settings,
         "" if penalty is None else penalty.phi,
         0.0 if penalty is None else penalty.delta,
         0.0 if penalty is None else penalty.eps,
@@ -85,13 +87,13 @@ def lif(
         v_t = h_t - threshold·s_t                     reset "soft"
         v_t = h_t                                     reset "none"
 
-    Differentiable in x and v_init, with the surrogate's σ'(h - threshold) for the spike's derivative
-    and, unless detach_reset, through the reset. Only x is kept for the backward pass. Float32
-    spikes and potentials are the same bit for bit on every backend.
+    Differentiable in x and v_init, with the surrogate's σ'(h - threshold) for the spike's
+    derivative and, unless detach_reset, through the reset. Only x is kept for the backward pass.
+    Float32 spikes and potentials are the same bit for bit on every backend.
 
     Args:
-        x: input current, floating [..., T at time_dim, ...], any dense layout (read in place; others
-            are copied). float16 and bfloat16 are integrated in float32.
+        x: input current, floating [..., T at time_dim, ...], any dense layout (read in place;
+            others are copied). float16 and bfloat16 are integrated in float32.
         decay: membrane decay a step; with charge "divide", 1/tau.
         threshold: firing threshold, in the units of x.
         v_reset: potential after a spike under the hard reset.
@@ -119,8 +121,8 @@ def lif(
         NotImplementedError: what a later version brings.
         RuntimeError: a backend that cannot serve, with the reason; double backward.
 
-    Source: the TRT paper and its official code (arXiv 2506.19256); SpikingJelly for "divide"-free
-    variants of comparison and detaching.
+    Source: the TRT paper and its official code (arXiv 2506.19256), with charge "divide" for the
+    latter's v/tau; SpikingJelly for fire_at_threshold and detach_reset.
     """
     settings = (
         decay,
@@ -155,13 +157,14 @@ def lif(
         key = (settings, classes, chosen, x.dtype, x.device, x.ndim, x.layout)
         try:
             known = _checked.get(key)
-        except TypeError:  # something unhashable among the settings: the check names it
-            known, key = None, ()
-        options = known or _check_lif(x, penalty, backend, settings)
-        if known is None and key:
-            if len(_checked) >= _MOST_CHECKED:
-                _checked.clear()
-            _checked[key] = options
+        except TypeError:  # something unhashable: the check names it, or it is a user's surrogate
+            options = _check_lif(x, penalty, backend, settings)
+        else:
+            options = known or _check_lif(x, penalty, backend, settings)
+            if known is None:
+                if len(_checked) >= _MOST_CHECKED:
+                    _checked.clear()
+                _checked[key] = options
     weight = None if penalty is None else _penalty_weight(penalty, x, options)
     if v_init is not None:
         _check_v_init(v_init, x, options)
@@ -411,7 +414,9 @@ def mixed_loss(
         checks.tensor("class_weight", class_weight)
         checks.same_device("class_weight", class_weight, "logits", logits)
         if tuple(class_weight.shape) != (classes,):
-            raise ValueError(f"class_weight: got shape {tuple(class_weight.shape)}, needs {(classes,)}")
+            raise ValueError(
+                f"class_weight: got shape {tuple(class_weight.shape)}, needs {(classes,)}"
+            )
         if class_weight.requires_grad:
             raise ValueError("class_weight: requires grad, but the loss has no gradient for it")
     options = LossOptions(

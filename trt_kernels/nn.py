@@ -40,7 +40,9 @@ class LIF(nn.Module):
         super().__init__()
         unknown = lif_options.keys() - _DEFAULTS.keys()
         if unknown:
-            raise TypeError(f"LIF: unknown options {sorted(unknown)}; lif takes {sorted(_DEFAULTS)}")
+            raise TypeError(
+                f"LIF: unknown options {sorted(unknown)}; lif takes {sorted(_DEFAULTS)}"
+            )
         self.stateful = checks.boolean("stateful", stateful)
         if stateful and lif_options.get("v_init") is not None:
             raise ValueError("v_init: a stateful layer starts from its own state; call reset()")

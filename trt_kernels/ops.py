@@ -1,7 +1,7 @@
 """The operators as `torch.ops.trt_kernels.*`: schemas, fake kernels, and which backend runs.
 
-Plain eager calls go straight to the backend: a Python op costs as much again as the kernel of a small
-tensor. Under tracing, fake tensors or any dispatch mode they go through the registered op.
+Plain eager calls go straight to the backend: a Python op costs as much again as the kernel of a
+small tensor. Under tracing, fake tensors or any dispatch mode they go through the registered op.
 """
 
 import os
@@ -243,13 +243,16 @@ def trt_penalty_accumulate(
 
 
 def _run_trt_penalty_forward(params: Sequence[Tensor], *options: Any) -> Tensor:
-    return _KERNELS[options[-1]].trt_penalty_forward(params, PenaltyOptions(*options))
+    value: Tensor = _KERNELS[options[-1]].trt_penalty_forward(params, PenaltyOptions(*options))
+    return value
 
 
 def _run_trt_penalty_backward(
     grad: Tensor, params: Sequence[Tensor], *options: Any
 ) -> list[Tensor]:
-    return _KERNELS[options[-1]].trt_penalty_backward(grad, params, PenaltyOptions(*options))
+    chosen = PenaltyOptions(*options)
+    grads: list[Tensor] = _KERNELS[chosen.backend].trt_penalty_backward(grad, params, chosen)
+    return grads
 
 
 def _run_trt_penalty_accumulate(

@@ -16,7 +16,7 @@ MEMORIES = ("recompute",)
 
 
 class LIFOptions(NamedTuple):
-    """Everything about a `lif` call but its tensors; plain values, in the order of the op's schema."""
+    """Everything about a `lif` call but its tensors: plain values, in the op's schema order."""
 
     time_dim: int
     decay: float
@@ -37,7 +37,7 @@ class LIFOptions(NamedTuple):
 
 
 class LossOptions(NamedTuple):
-    """Everything about a temporal loss but its tensors; plain values, in the op's schema order."""
+    """Everything about a temporal loss but its tensors: plain values, in the op's schema order."""
 
     time_dim: int
     entropy_ratio: float
@@ -99,28 +99,26 @@ class MembranePenalty:
 
 
 def make_lif_options(
-    decay: Any,
-    threshold: Any,
-    v_reset: Any,
-    reset: Any,
-    detach_reset: Any,
-    surrogate: Any,
-    fire_at_threshold: Any,
-    charge: Any,
-    steps: Any,
-    time_dim: Any,
-    channel_dim: Any,
-    return_state: Any,
-    return_potential: Any,
-    statistics: Any,
-    memory: Any,
-    phi: str,
-    delta: float,
-    eps: float,
-    backend: str,
-    ndim: int,
+    settings: tuple[Any, ...], phi: str, delta: float, eps: float, backend: str, ndim: int
 ) -> LIFOptions:
     """Checks the options of `lif` for an x of `ndim` dimensions on a resolved backend."""
+    (
+        decay,
+        threshold,
+        v_reset,
+        reset,
+        detach_reset,
+        surrogate,
+        fire_at_threshold,
+        charge,
+        steps,
+        time_dim,
+        channel_dim,
+        return_state,
+        return_potential,
+        statistics,
+        memory,
+    ) = settings
     later = {
         "steps": steps is not None,
         "channel_dim": channel_dim is not None,

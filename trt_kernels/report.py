@@ -13,7 +13,7 @@ from .backends import native
 
 @dataclass(frozen=True)
 class Report:
-    """Versions and settings by name, and for each backend and operator None or why it cannot run."""
+    """Versions and settings, and for each backend and operator None or why it cannot run."""
 
     versions: dict[str, str]
     settings: dict[str, str]

@@ -1,8 +1,8 @@
 """Surrogate derivatives σ'(u) of the spike, u = h - threshold (method.md, section 1).
 
-Each class is the plain PyTorch definition that the reference backend computes with; the kernels have
-their own under the same name (csrc/math/surrogate.h). Any callable that gives σ'(u) serves as a
-surrogate on the reference backend.
+Each class is the plain PyTorch definition that the reference backend computes with; the kernels
+have their own under the same name (csrc/math/surrogate.h). Any callable that gives σ'(u) serves as
+a surrogate on the reference backend.
 """
 
 import math

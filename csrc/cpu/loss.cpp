@@ -175,9 +175,19 @@ void gradient(const LossSettings& s, const LossTensors& a, double upstream, void
     }
     const F normalizer = static_cast<const F*>(a.log_normalizer)[index];
     const F all_shares = static_cast<F>(row.all_shares);
-    for (Index c = 0; c < n; ++c) {
-      row.work[c] = loss_gradient(row.logits[c], normalizer, row.share[c], all_shares,
-                                  row.target[c], entropy_scale, square_scale);
+    // A term of weight 0 is left out: infinite logits would make NaN of it.
+    if (entropy_scale != F(0)) {
+      for (Index c = 0; c < n; ++c) {
+        row.work[c] =
+            entropy_scale * entropy_gradient(row.logits[c], normalizer, row.share[c], all_shares);
+      }
+    } else {
+      std::fill_n(row.work, n, F(0));
+    }
+    if (square_scale != F(0)) {
+      for (Index c = 0; c < n; ++c) {
+        row.work[c] += square_scale * square_gradient(row.logits[c], row.target[c]);
+      }
     }
     for (Index c = 0; c < n; ++c) store(&to[c], row.work[c]);
   });

@@ -21,13 +21,16 @@ TRT_HD F exp_nonpositive(F z) {
   return exp2_nonpositive(z * F(kLog2E));
 }
 
-// d/dO_c of entropy_scale * cross entropy + square_scale * sum_c (O_c - p_c)^2.
+// d/dO_c of a row's cross entropy.
 template <class F>
-TRT_HD F loss_gradient(F logit, F log_normalizer, F share, F all_shares, F square_target,
-                       F entropy_scale, F square_scale) {
-  const F softmax = exp_nonpositive(logit - log_normalizer);
-  return entropy_scale * (all_shares * softmax - share) +
-         square_scale * F(2) * (logit - square_target);
+TRT_HD F entropy_gradient(F logit, F log_normalizer, F share, F all_shares) {
+  return all_shares * exp_nonpositive(logit - log_normalizer) - share;
+}
+
+// d/dO_c of (O_c - p_c)^2.
+template <class F>
+TRT_HD F square_gradient(F logit, F target) {
+  return F(2) * (logit - target);
 }
 
 }  // namespace TRT_ISA

@@ -1,9 +1,10 @@
 """The compiled backends, "cpu" and "cuda": plain tensors in, plain tensors out, no autograd.
 
-Sequences reach the kernels as dense [outer][steps][inner], whatever the order of their dimensions in
-memory. A tensor that is not dense is copied first.
+Sequences reach the kernels as dense [outer][steps][inner], whatever the order of their dimensions
+in memory. A tensor that is not dense is copied first.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,11 +16,11 @@ from torch import Tensor
 from ..checks import state_dtype
 from ..options import LIFOptions, LossOptions, PenaltyOptions
 
-_C: Any
+_C: Any = None
+_import_error: str | None = None
 try:
-    from .. import _C
+    _C = importlib.import_module("trt_kernels._C")
 except ImportError as error:
-    _C = None
     _import_error = f"the compiled module is missing or does not load: {error}"
 
 if _C is not None:
@@ -32,7 +33,7 @@ if _C is not None:
 
 
 def why_no_cpu() -> str | None:
-    return _import_error if _C is None else None
+    return _import_error
 
 
 @lru_cache(maxsize=1)
@@ -82,7 +83,7 @@ def in_layout_of(x: Tensor, value: Tensor | None) -> Tensor | None:
 
 
 def sequence(x: Tensor, time_dim: int) -> tuple[Any, tuple[int, ...], int]:
-    """What the kernels need to know of a dense x: dtype, sizes in memory order, and which is time."""
+    """What kernels need of a dense x: dtype, sizes in memory order, which of them is time."""
     if x.is_contiguous():
         return DTYPES[x.dtype], x.shape, time_dim
     steps = x.shape[time_dim]

@@ -23,7 +23,11 @@ def temporal_loss(
         kept = torch.ones_like(target[:, 0], dtype=torch.bool)
         target = given = target.to(dtype)
     smooth = given * (1 - options.label_smoothing) + options.label_smoothing / classes
-    square_target = smooth if options.constant is None else torch.full_like(smooth, options.constant)
+    square_target = (
+        smooth if options.constant is None else torch.full_like(smooth, options.constant)
+    )
+    # torch refuses an ignore_index >= 0 beside probabilities, where it means nothing.
+    ignore_index = options.ignore_index if indices else -100
     loss = logits.new_zeros((), dtype=dtype)
     for o in steps:
         if options.entropy_ratio:
@@ -32,7 +36,7 @@ def temporal_loss(
                 target,
                 weight=class_weight,
                 label_smoothing=options.label_smoothing,
-                **({"ignore_index": options.ignore_index} if indices else {}),
+                ignore_index=ignore_index,
             )
         if options.square_ratio:
             square = (o - square_target)[kept] ** 2

@@ -1,0 +1,188 @@
+"""The registered operators: schemas, fake kernels, tracing, and the choice of a backend."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+import trt_kernels as tk
+from trt_kernels import ops
+from trt_kernels.options import LIFOptions, LossOptions, PenaltyOptions
+
+CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+LIF = LIFOptions(
+    time_dim=0,
+    decay=0.5,
+    threshold=1.0,
+    v_reset=0.0,
+    reset="hard",
+    detach_reset=False,
+    surrogate="triangle",
+    surrogate_parameter=1.0,
+    fire_at_threshold=False,
+    charge="decay",
+    phi="",
+    delta=0.0,
+    eps=0.0,
+    return_state=False,
+    return_potential=False,
+    backend="cpu",
+)
+PENALTY = PenaltyOptions(steps=4, weight=1.0, delta=0.5, eps=1e-5, backend="cpu")
+LOSS = LossOptions(
+    time_dim=0,
+    entropy_ratio=0.9,
+    square_ratio=0.1,
+    constant=None,
+    label_smoothing=0.0,
+    ignore_index=-100,
+    backend="cpu",
+)
+
+
+def lif_cases():
+    for x, time_dim in (
+        (torch.randn(4, 6), 0),
+        (torch.randn(3, 4, 5).permute(2, 0, 1), 1),
+        (torch.randn(4, 6, 2)[..., 0], 0),
+        (torch.randn(0, 6), 0),
+    ):
+        plain = LIF._replace(time_dim=time_dim)
+        yield x, None, None, plain
+        shape = [n for dim, n in enumerate(x.shape) if dim != time_dim]
+        full = plain._replace(phi="trt", delta=0.5, return_state=True, return_potential=True)
+        yield x, torch.randn(shape), torch.rand(x.shape[time_dim]), full
+
+
+def test_opcheck_lif():
+    for x, v_init, weight, options in lif_cases():
+        arguments = (x, v_init, weight)
+        opcheck(torch.ops.trt_kernels.lif_forward, (*arguments, *options), test_utils=CHECKS)
+        grads = (torch.randn(x.shape), None, None, None)
+        if v_init is not None:
+            grads = (grads[0], torch.randn(v_init.shape), torch.randn(x.shape), torch.ones(()))
+        for needs_v_init in {False, v_init is not None}:
+            opcheck(
+                torch.ops.trt_kernels.lif_backward,
+                (*arguments, *grads, needs_v_init, *options),
+                test_utils=CHECKS,
+            )
+
+
+def test_opcheck_penalty():
+    params = [torch.randn(5, 3), torch.randn(8, 2)[:, :1], torch.randn(4).double()]
+    registered = torch.ops.trt_kernels
+    opcheck(registered.trt_penalty_forward, (params, *PENALTY), test_utils=CHECKS)
+    grad = torch.ones((), dtype=torch.float64)
+    opcheck(registered.trt_penalty_backward, (grad, params, *PENALTY), test_utils=CHECKS)
+    grads = [torch.randn(p.shape, dtype=p.dtype) for p in params]
+    opcheck(registered.trt_penalty_accumulate, (params, grads, 2.0, *PENALTY), test_utils=CHECKS)
+
+
+def test_opcheck_loss():
+    registered = torch.ops.trt_kernels
+    for options, target in (
+        (LOSS, torch.tensor([0, 3, 2])),
+        (LOSS._replace(time_dim=1, constant=1.0), torch.rand(5, 4)),
+    ):
+        logits, class_weight = torch.randn(5, 3, 4), torch.rand(4)
+        if options.time_dim:
+            class_weight = None
+        tensors = (logits, target, class_weight)
+        opcheck(registered.temporal_loss_forward, (*tensors, *options), test_utils=CHECKS)
+        _, normalizer = registered.temporal_loss_forward(*tensors, *options)
+        opcheck(
+            registered.temporal_loss_backward,
+            (torch.ones(()), *tensors, normalizer, *options),
+            test_utils=CHECKS,
+        )
+
+
+def test_op_and_direct_call_agree():
+    """Eager calls bypass the op; both must give the same."""
+    for x, v_init, weight, options in lif_cases():
+        direct = ops.lif_forward(x, v_init, weight, options)
+        through_op = torch.ops.trt_kernels.lif_forward(x, v_init, weight, *options)
+        for a, b in zip(direct, through_op, strict=True):
+            assert torch.equal(a, b) if a is not None else b.numel() == 0
+
+
+def test_fake_tensors_go_through_the_op():
+    with FakeTensorMode():
+        out = tk.lif(torch.empty(4, 6, dtype=torch.half), return_state=True)
+    assert out.spikes.dtype == torch.half and out.state.dtype == torch.float32
+    assert out.state.shape == (6,)
+
+
+def everything(x, v_init, weight, logits, target):
+    out = tk.lif(
+        x,
+        v_init=v_init,
+        surrogate=tk.Sigmoid(4.0),
+        penalty=tk.MembranePenalty("trt", torch.ones(4)),
+        return_state=True,
+        return_potential=True,
+    )
+    loss = tk.temporal_loss(logits, target, mse_ratio=0.1)
+    penalty = tk.trt_penalty([weight], steps=4, weight=1e-3, delta=0.5)
+    return out.spikes.sum() + out.state.sum() + out.penalty + out.potential.mean() + loss + penalty
+
+
+def test_compiles_without_a_graph_break():
+    def inputs(batch):
+        torch.manual_seed(batch)
+        tensors = [torch.randn(4, batch), torch.randn(batch), torch.randn(7), torch.randn(4, 3, 5)]
+        return [t.requires_grad_() for t in tensors]
+
+    target = torch.tensor([0, 4, 2])
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    for batch in (8, 16):
+        tensors = inputs(batch)
+        ours = torch.autograd.grad(compiled(*tensors, target), tensors)
+        plain = torch.autograd.grad(everything(*tensors, target), tensors)
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_module_compiles_with_inductor():
+    network = torch.nn.Sequential(torch.nn.Linear(6, 8), tk.nn.LIF(), torch.nn.Linear(8, 3))
+    x = torch.randn(4, 5, 6)
+    torch.testing.assert_close(torch.compile(network, fullgraph=True)(x), network(x))
+
+
+def test_use_backend():
+    x = torch.randn(4, 30, requires_grad=True)
+    with tk.use_backend("reference"):
+        assert "LIF" not in type(tk.lif(x).grad_fn).__name__
+        with tk.use_backend("cpu"):
+            out = tk.lif(x)
+            assert type(out.grad_fn).__name__ == "LIFFunctionBackward"
+        assert "LIF" not in type(tk.lif(x).grad_fn).__name__
+        out.sum().backward()  # runs where its forward ran
+    assert type(tk.lif(x).grad_fn).__name__ == "LIFFunctionBackward"
+    with pytest.raises(RuntimeError), tk.use_backend("cuda"):
+        tk.lif(x)
+    assert ops.default_backend == "auto"
+    with pytest.raises(ValueError, match="backend: got 'tpu'"), tk.use_backend("tpu"):
+        pass
+
+
+def test_environment_chooses_the_backend():
+    code = "import torch, trt_kernels as tk; tk.lif(torch.zeros(2, 3))"
+    for value, expected in (("reference", ""), ("triton", "triton"), ("tpu", "got 'tpu'")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**__import__("os").environ, "TRT_KERNELS_BACKEND": value},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode == 0) == (not expected), done.stderr
+        assert expected in done.stderr

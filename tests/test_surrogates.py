@@ -1,0 +1,70 @@
+"""Surrogate derivatives: their values, and their arguments."""
+
+import math
+
+import pytest
+import torch
+
+import trt_kernels as tk
+from tests.cases import SURROGATES
+from trt_kernels.backends import native
+
+
+def test_values():
+    u = torch.tensor([-2.0, -0.25, 0.0, 0.25, 2.0], dtype=torch.float64)
+    expected = {
+        tk.Triangle(0.5): [0, 1, 2, 1, 0],
+        tk.Rectangle(0.5): [0, 0, 2, 0, 0],  # |u| < a/2 is strict
+        tk.ATan(2.0): [1 / (1 + (math.pi * v) ** 2) for v in u.tolist()],
+        tk.FastSigmoid(4.0): [1 / (1 + 4 * abs(v)) ** 2 for v in u.tolist()],
+        tk.Sigmoid(3.0): [3 / (2 + math.exp(3 * v) + math.exp(-3 * v)) for v in u.tolist()],
+    }
+    for surrogate, values in expected.items():
+        torch.testing.assert_close(surrogate(u), torch.tensor(values, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: s.name)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_kernel_agrees_everywhere(surrogate, dtype, level):
+    """One step has dx = σ'(x - threshold): a fine grid, far tails, NaN, infinity."""
+    u = torch.cat([torch.linspace(-5, 5, 20001), torch.tensor([-1e4, 1e4, -1e30, 1e30])]).to(dtype)
+    u = torch.cat([u, torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)])
+    grads = []
+    for backend in ("cpu", "reference"):
+        x = u[None].clone().requires_grad_()
+        tk.lif(x, threshold=0.0, surrogate=surrogate, backend=backend).sum().backward()
+        grads.append(x.grad[0])
+    bound = 1e-6 if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(
+        *grads, rtol=0, atol=bound * surrogate(u[10000:10001]).item(), equal_nan=True
+    )
+    assert grads[0][-3].isnan() and grads[0][-2:].eq(0).all()
+
+
+def test_every_surrogate_has_a_kernel():
+    for surrogate in SURROGATES:
+        options = dict.fromkeys(("decay", "tau", "threshold", "v_reset", "delta", "eps"), 1.0)
+        native._C.LIF(
+            charge="decay",
+            reset="hard",
+            phi="",
+            surrogate=surrogate.name,
+            surrogate_parameter=surrogate.parameter,
+            detach_reset=False,
+            fire_at_threshold=False,
+            **options,
+        )
+    assert {type(s) for s in SURROGATES} == set(tk.Surrogate.__subclasses__())
+
+
+@pytest.mark.parametrize("kind", sorted(tk.Surrogate.__subclasses__(), key=lambda s: s.name))
+@pytest.mark.parametrize("value", (0, -1.0, float("nan"), float("inf"), "1", None, True))
+def test_bad_parameter(kind, value):
+    with pytest.raises((TypeError, ValueError), match=r"(width|alpha|slope): got "):
+        kind(value)
+
+
+def test_values_compare_and_print():
+    assert tk.ATan(2.0) == tk.ATan(2) != tk.ATan(3.0)
+    assert hash(tk.ATan(2.0)) == hash(tk.ATan(2))
+    assert repr(tk.Sigmoid(4.0)) == "Sigmoid(alpha=4.0)"
