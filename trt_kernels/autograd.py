@@ -34,8 +34,9 @@ class LIFFunction(Function):
         else:
             ctx.save_for_backward(x, v_init, weight)
         outputs = ops.lif_forward(x, v_init, weight, options)
-        if outputs[1:] == (None, None, None):
-            return outputs[0]
+        spikes, state, potential, penalty = outputs
+        if state is None and potential is None and penalty is None:
+            return spikes
         ctx.set_materialize_grads(False)
         return tuple(output for output in outputs if output is not None)
 
