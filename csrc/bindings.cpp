@@ -55,6 +55,11 @@ trt::LIFShape make_shape(trt::DType dtype, const std::vector<std::int64_t>& size
   return shape;
 }
 
+void check_phi(const trt::LIFSettings& settings, Address weight) {
+  if (weight && !settings.penalizes())
+    throw std::invalid_argument("a penalty's weight needs a phi");
+}
+
 trt::LIFForward forward_arguments(const trt::LIFShape& shape, Address x, Address v_init,
                                   Address weight, Address spikes, Address potential, Address state,
                                   Address penalty) {
@@ -136,6 +141,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
           [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
              std::size_t time_dim, Address x, Address v_init, Address weight, Address spikes,
              Address potential, Address state, Address penalty, int threads) {
+            check_phi(self, weight);
             trt::cpu::lif_forward(self,
                                   forward_arguments(make_shape(dtype, sizes, time_dim), x, v_init,
                                                     weight, spikes, potential, state, penalty),
@@ -173,6 +179,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              std::size_t time_dim, Address x, Address v_init, Address weight, Address spikes,
              Address potential, Address state, Address penalty, Address workspace, int device,
              Address stream) {
+            check_phi(self, weight);
             trt::cuda::lif_forward(self,
                                    forward_arguments(make_shape(dtype, sizes, time_dim), x, v_init,
                                                      weight, spikes, potential, state, penalty),

@@ -18,6 +18,8 @@ struct LIFSettings {
   bool detach_reset, fire_at_threshold;
   double surrogate_parameter, decay, tau, threshold, v_reset, delta, eps;
 
+  bool penalizes() const { return potential >= 0 || penalize_spike; }
+
   // Throws std::invalid_argument on an unknown name.
   static LIFSettings make(const std::string& charge, const std::string& reset,
                           const std::string& surrogate, const std::string& phi);

@@ -2,8 +2,7 @@
 // with TRT_ISA as its namespace; dispatch.cpp picks a level at run time.
 #pragma once
 
-#include "../math/platform.h"
-#include "../ops.h"
+#include "../arguments.h"
 
 namespace trt {
 
@@ -28,21 +27,6 @@ void loss_gradient(const LossSettings&, const LossTensors&, double upstream, voi
                    int threads);
 
 Kernels kernels();
-
-// Calls f(Storage()) for the storage type of a dtype.
-template <class Function>
-void visit_dtype(DType dtype, Function&& f) {
-  switch (dtype) {
-    case DType::float32:
-      return f(float());
-    case DType::float64:
-      return f(double());
-    case DType::float16:
-      return f(Half());
-    case DType::bfloat16:
-      return f(BFloat16());
-  }
-}
 
 }  // namespace TRT_ISA
 }  // namespace trt

@@ -8,7 +8,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "../math/neuron.h"
 #include "../math/regularizer.h"
 #include "../math/surrogate.h"
 #include "kernels.h"
@@ -69,8 +68,6 @@ class Blocks {
   }
 
  private:
-  static Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
-
   LIFShape shape_;
   Index granule_inners_, granule_outers_, granules_across_;
   Index inners_, outers_, across_, count_;
@@ -236,19 +233,13 @@ void add_potential_slope(const LIFSettings& settings, Index n, const F* __restri
   });
 }
 
-template <class F>
-Neuron<F> make_neuron(const LIFSettings& s) {
-  return {static_cast<F>(s.decay), static_cast<F>(s.tau), static_cast<F>(s.threshold),
-          static_cast<F>(s.v_reset), s.fire_at_threshold};
-}
-
 // expm1(delta t) for every step, where phi needs it.
 template <class F>
 std::vector<F> growths(const LIFSettings& settings, Index steps) {
   std::vector<F> growth(steps, F(0));
   if (settings.potential < 0) return growth;
   for (Index t = 0; t < steps; ++t) {
-    growth[t] = static_cast<F>(std::min(std::expm1(settings.delta * t), kLargestGrowth));
+    growth[t] = static_cast<F>(growth_at(settings.delta, t));
   }
   return growth;
 }
@@ -261,7 +252,7 @@ Index block_width(const LIFShape& shape, Index column_elements, int threads) {
   constexpr Index kBytes = 4 * 1024 * 1024;
   const Index wanted = shape.steps <= 16 ? 256 : shape.steps <= 256 ? 1024 : 2048;
   const Index fits = kBytes / static_cast<Index>(sizeof(F)) / column_elements;
-  const Index shared = (shape.neurons() + threads - 1) / threads;
+  const Index shared = ceil_div(shape.neurons(), threads);
   const Index width = std::min({wanted, fits, shared});
   return std::max<Index>(1, (width + kGranule / 2) / kGranule) * kGranule;
 }
@@ -343,9 +334,7 @@ void backward(const LIFSettings& settings, const LIFBackward& a, int threads) {
   // Nothing arrives at an unused last state, and nothing times an infinite potential must stay 0.
   const BackwardRow<F> last_row = a.grad_state ? backward_row : choose_backward<F>(settings, true);
   const std::vector<F> growth = growths<F>(settings, a.grad_penalty ? steps : 0);
-  F slope = F(0);
-  visit_kind(Charges(), settings.charge,
-             [&](auto charge) { slope = decltype(charge)::slope(neuron); });
+  const F slope = charge_slope<F>(settings);
   const F surrogate_parameter = static_cast<F>(settings.surrogate_parameter);
   const Sequence<const Storage> x{static_cast<const Storage*>(a.x), steps, inner};
   const Sequence<const F> v_init{static_cast<const F*>(a.v_init), 1, inner};

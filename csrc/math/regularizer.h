@@ -9,6 +9,12 @@ inline namespace TRT_ISA {
 // Largest expm1(delta t): a term divided by more is nothing, and its square stays finite in float.
 constexpr double kLargestGrowth = 1152921504606846976.0;  // 2^60
 
+// expm1(delta t), held at the largest.
+TRT_HD double growth_at(double delta, std::int64_t t) {
+  const double growth = expm1(delta * static_cast<double>(t));
+  return growth < kLargestGrowth ? growth : kLargestGrowth;
+}
+
 // phi(h) and phi'(h). `growth` is expm1(delta * t), used by "trt" alone. "spike" is not in the
 // list: its value is the spike and its gradient goes through the surrogate.
 struct SquarePotential {
