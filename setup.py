@@ -88,7 +88,6 @@ class CMakeBuild(build_ext):
 
         folder = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")
         folder.mkdir(parents=True, exist_ok=True)
-        target.mkdir(parents=True, exist_ok=True)
         # CMake hands this text to the compiler within quotes.
         missing = re.sub(r"[^\w .,:=/()+-]+", " ", missing)[:300]
         configure = [

@@ -98,8 +98,17 @@ def test_bad_input():
         tk.nn.LIF(stateful=1)
     with pytest.raises(ValueError, match="v_init: a stateful layer"):
         tk.nn.LIF(stateful=True, v_init=torch.zeros(3))
-    with pytest.raises(ValueError, match="reset: got 'zero'"):
-        tk.nn.LIF(reset="zero")(torch.zeros(2, 3))
+    for options, error, message in (
+        ({"reset": "zero"}, ValueError, "reset: got 'zero'"),
+        ({"decay": float("nan")}, ValueError, "decay: got nan"),
+        ({"surrogate": "atan"}, TypeError, "surrogate: got 'atan'"),
+        ({"memory": "bits"}, NotImplementedError, "memory: 'bits'"),
+        ({"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
+    ):
+        with pytest.raises(error, match=message):
+            tk.nn.LIF(**options)
+    with pytest.raises(ValueError, match="time_dim: got 5"):
+        tk.nn.LIF(time_dim=5)(torch.zeros(2, 3))
     layer = tk.nn.LIF(stateful=True)
     layer(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"state does not fit.*\(3,\).*call reset\(\)"):

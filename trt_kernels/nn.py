@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import lif
-from .options import MembranePenalty
+from .ops import check_backend_name
+from .options import LIF_SETTINGS, MembranePenalty, make_lif_options
 
+_MOST_DIMENSIONS = 64  # of a torch tensor
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(lif).parameters.items()
@@ -29,9 +31,9 @@ class LIF(nn.Module):
     module has no parameters and its state is not part of the state_dict.
 
     Raises:
-        TypeError: an option that `lif` does not know.
-        Everything that `lif` raises, at the first call; a state whose shape, dtype or device the
-        next x does not fit is an error that asks for `reset()`.
+        TypeError, ValueError, NotImplementedError: an option that `lif` does not know or refuses.
+        What depends on x is raised by the call, as in `lif`; a state whose shape, dtype or device
+        does not fit the next x is an error that asks for `reset()`.
     """
 
     state: Tensor | None
@@ -46,6 +48,12 @@ class LIF(nn.Module):
         self.stateful = checks.boolean("stateful", stateful)
         if stateful and lif_options.get("v_init") is not None:
             raise ValueError("v_init: a stateful layer starts from its own state; call reset()")
+        settings = {**_DEFAULTS, **lif_options}
+        # Everything but the tensors is checked here, for any backend and number of dimensions.
+        ordered = tuple(settings[name] for name in LIF_SETTINGS)
+        make_lif_options(ordered, "", 0.0, 0.0, "reference", _MOST_DIMENSIONS)
+        if settings["backend"] is not None:
+            check_backend_name(settings["backend"])
         self.lif_options = lif_options
         self.state = None
 

@@ -15,6 +15,26 @@ PHIS = ("square", "trt", "range", "spike")
 MEMORIES = ("recompute",)
 
 
+# The arguments of `lif` that are checked together, in the order that `make_lif_options` takes them.
+LIF_SETTINGS = (
+    "decay",
+    "threshold",
+    "v_reset",
+    "reset",
+    "detach_reset",
+    "surrogate",
+    "fire_at_threshold",
+    "charge",
+    "steps",
+    "time_dim",
+    "channel_dim",
+    "return_state",
+    "return_potential",
+    "statistics",
+    "memory",
+)
+
+
 class LIFOptions(NamedTuple):
     """Everything about a `lif` call but its tensors: plain values, in the op's schema order."""
 

@@ -1,0 +1,167 @@
+"""The examples run, say what they did, and refuse bad arguments before any work."""
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+for needed in ("sklearn", "matplotlib", "tqdm"):
+    pytest.importorskip(needed)
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_digits.py"
+TINY = ["--backend", "cpu", "--epochs", "1", "--steps", "2", "--limit", "128", "--batch-size", "32"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(digits, tmp_path, monkeypatch):
+    """Runs the example with the given arguments and returns what it wrote with --json."""
+
+    def run(*arguments, pictures=False):
+        path = tmp_path / "result.json"
+        if not pictures:  # they take longer than the training
+            for name in ("plot_curves", "plot_spikes"):
+                monkeypatch.setattr(digits, name, lambda *_: None)
+        digits.main([*arguments, "--out", str(tmp_path / "pictures"), "--json", str(path)])
+        return json.loads(path.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["trt", "tet", "sdt"])
+def test_methods(run, method, tmp_path, capsys):
+    result = run(*TINY, "--epochs", "2", "--method", method, "--seed", "3", pictures=True)
+
+    assert result["settings"]["method"] == method
+    assert result["settings"]["seed"] == 3
+    assert result["settings"]["steps"] == 2
+    history = result["history"]
+    assert [record["epoch"] for record in history] == [1, 2]
+    assert all(math.isfinite(value) for record in history for value in record.values())
+    assert history[1]["loss"] < history[0]["loss"]
+    assert result["test_accuracy"] == history[-1]["test_accuracy"]
+    assert result["seconds"] > 0
+
+    for name in ("curves.png", "spikes.png"):
+        data = (tmp_path / "pictures" / name).read_bytes()
+        assert data.startswith(b"\x89PNG\r\n")
+        assert len(data) > 10_000
+
+    last = capsys.readouterr().out.splitlines()[-1]
+    accuracy = f"{result['test_accuracy']:.1f}"
+    assert re.fullmatch(
+        rf"test accuracy {re.escape(accuracy)} % \({method}, 2 epochs, seed 3, \d+ s\)", last
+    )
+
+
+def test_methods_differ(run):
+    losses = {run(*TINY, "--method", m)["history"][0]["loss"] for m in ("trt", "tet", "sdt")}
+    assert len(losses) == 3
+
+
+def test_backends_agree(run):
+    ours, reference = (run(*TINY, "--backend", backend) for backend in ("cpu", "reference"))
+    assert ours["history"][0]["loss"] == pytest.approx(reference["history"][0]["loss"], abs=1e-3)
+
+
+def test_backend_is_used_and_restored(run, digits, monkeypatch):
+    used, before = [], digits.trt_kernels.ops.default_backend
+
+    def train(*_):
+        used.append(digits.trt_kernels.ops.default_backend)
+        return [{"test_accuracy": 0.0}]
+
+    monkeypatch.setattr(digits, "train", train)
+    for backend in ("cpu", "reference", "auto"):
+        run("--backend", backend)
+    assert used == ["cpu", "reference", "auto"]
+    assert digits.trt_kernels.ops.default_backend == before
+
+
+def test_seed(run):
+    first, same, other = (run(*TINY, "--seed", seed)["history"] for seed in ("1", "1", "2"))
+    assert first == same
+    assert first != other
+
+
+def test_split_is_stratified_and_fixed(digits):
+    (images, labels), (test_images, test_labels) = digits.load_data("cpu")
+    assert (len(images), len(test_images)) == (1347, 450)
+    assert test_labels.bincount().min() >= 43
+    assert not {tuple(i.flatten().tolist()) for i in images} & {
+        tuple(i.flatten().tolist()) for i in test_images
+    }
+    again = digits.load_data("cpu")
+    assert (again[1][0] == test_images).all()
+    assert (again[0][1] == labels).all()
+
+
+def test_shift_moves_by_at_most_a_pixel(digits):
+    images = digits.torch.zeros(500, 1, 8, 8)
+    images[:, 0, 3, 4] = 1
+    where = {tuple(index[2:].tolist()) for index in digits.shift(images).nonzero()}
+    assert where == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("--method", "bptt"),
+        ("--backend", "gpu"),
+        ("--backend", "triton"),
+        ("--epochs", "0"),
+        ("--epochs", "2.5"),
+        ("--epochs", "inf"),
+        ("--seed", "-1"),
+        ("--seed", str(2**64)),
+        ("--steps", "0"),
+        ("--batch-size", "0"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--weight", "-1e-5"),
+        ("--weight", "inf"),
+        ("--delta", "-0.5"),
+        ("--mse-ratio", "1.5"),
+        ("--json", "{file}/result.json"),
+        ("--json", "{folder}"),
+        ("--json", "{folder}/missing/result.json"),
+        ("--out", "{file}"),
+        ("--out", "{file}/pictures"),
+    ],
+)
+def test_bad_arguments(digits, tmp_path, capsys, monkeypatch, name, value):
+    def train(*_):
+        raise AssertionError("trained in spite of a bad argument")
+
+    monkeypatch.setattr(digits, "train", train)
+    if value == "triton":
+        unserved = {"triton": {"lif": "no Triton here"}, "cuda": {}}
+        report = digits.argparse.Namespace(unavailable=unserved)
+        monkeypatch.setattr(digits.trt_kernels, "report", lambda: report)
+    file = tmp_path / "file"
+    file.write_text("kept")
+    value = value.format(file=file, folder=tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        # A good --out first: the last one given counts.
+        digits.main(["--out", str(tmp_path / "pictures"), f"{name}={value}"])
+    assert stopped.value.code == 2
+    assert f"argument {name}: " in capsys.readouterr().err
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_defaults_learn(run, digits):
+    digits.torch.use_deterministic_algorithms(False)  # what a user has
+    result = run(pictures=True)
+    assert result["test_accuracy"] >= 96
+    assert result["history"][-1]["loss"] < result["history"][0]["loss"] / 2
