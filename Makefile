@@ -38,7 +38,7 @@ test-cpp: install
 
 bench: install
 	mkdir -p $(OUT)
-	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench.json
+	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench.json --benchmark-quiet
 	$(BIN)/python -m benchmarks.report $(OUT)/bench.json --out $(OUT)
 
 lint: install

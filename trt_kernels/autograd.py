@@ -46,8 +46,8 @@ class LIFFunction(Function):
             single_backward("lif")
         options = ctx.options
         needs = ctx.needs_input_grad
-        x, *optional = ctx.saved_tensors
-        v_init, weight = optional or (None, None)
+        saved = ctx.saved_tensors
+        x, v_init, weight = saved if len(saved) == 3 else (saved[0], None, None)
         grad_state = grad_potential = grad_penalty = None
         if extras:
             arriving = iter(extras)

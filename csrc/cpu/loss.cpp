@@ -108,6 +108,20 @@ double squared_distance(Row<F>& row, Index n) {
   return sum_row(n, row.work);
 }
 
+template <class F>
+void add_entropy_gradient(Index n, const F* __restrict__ logits, const F* __restrict__ share,
+                          F normalizer, F all_shares, F scale, F* __restrict__ sum) {
+  for (Index c = 0; c < n; ++c) {
+    sum[c] += scale * entropy_gradient(logits[c], normalizer, share[c], all_shares);
+  }
+}
+
+template <class F>
+void add_square_gradient(Index n, const F* __restrict__ logits, const F* __restrict__ target,
+                         F scale, F* __restrict__ sum) {
+  for (Index c = 0; c < n; ++c) sum[c] += scale * square_gradient(logits[c], target[c]);
+}
+
 // Calls f(index, row) for every row, blocks of rows over threads.
 template <class F, class Function>
 void for_rows(const LossSettings& s, int threads, Function&& f) {
@@ -173,21 +187,15 @@ void gradient(const LossSettings& s, const LossTensors& a, double upstream, void
       for (Index c = 0; c < n; ++c) store(&to[c], fill);
       return;
     }
-    const F normalizer = static_cast<const F*>(a.log_normalizer)[index];
-    const F all_shares = static_cast<F>(row.all_shares);
+    std::fill_n(row.work, n, F(0));
     // A term of weight 0 is left out: infinite logits would make NaN of it.
     if (entropy_scale != F(0)) {
-      for (Index c = 0; c < n; ++c) {
-        row.work[c] =
-            entropy_scale * entropy_gradient(row.logits[c], normalizer, row.share[c], all_shares);
-      }
-    } else {
-      std::fill_n(row.work, n, F(0));
+      const F normalizer = static_cast<const F*>(a.log_normalizer)[index];
+      add_entropy_gradient(n, row.logits, row.share, normalizer, static_cast<F>(row.all_shares),
+                           entropy_scale, row.work);
     }
     if (square_scale != F(0)) {
-      for (Index c = 0; c < n; ++c) {
-        row.work[c] += square_scale * square_gradient(row.logits[c], row.target[c]);
-      }
+      add_square_gradient(n, row.logits, row.target, square_scale, row.work);
     }
     for (Index c = 0; c < n; ++c) store(&to[c], row.work[c]);
   });

@@ -50,27 +50,58 @@ TRT_HD void invert(const F (&d)[kCount], F (&inverse)[kCount]) {
   inverse[0] = rest;
 }
 
-// Adds the group's terms to `sum`: those of the value over w^2, or of the gradient over w.
-template <bool kGradient, int kCount, class F>
-void add_group(Index n, const F* __restrict__ a, const F* growth, F eps, F* __restrict__ sum) {
-  F g[kCount];
-  for (int k = 0; k < kCount; ++k) g[k] = growth[k];
-  for (Index i = 0; i < n; ++i) {
-    F d[kCount], inverse[kCount], added = F(0);
-    for (int k = 0; k < kCount; ++k) d[k] = weight_denominator(a[i], g[k], eps);
-    invert(d, inverse);
-    for (int k = 0; k < kCount; ++k) {
-      added += kGradient ? weight_slope(d[k], inverse[k], g[k], eps) : inverse[k];
+// The terms of the sum over t, in the state's type.
+template <class F>
+struct Terms {
+  std::vector<F> growth, offset;
+  F eps;
+
+  explicit Terms(const PenaltySettings& settings) : eps(static_cast<F>(settings.eps)) {
+    for (double g : settings.growth) {
+      growth.push_back(static_cast<F>(g));
+      offset.push_back(static_cast<F>(1 + g * settings.eps));
     }
-    sum[i] += added;
+  }
+};
+
+// Adds the kCount terms from t on to `sum`: those of the value over w^2, or of the gradient over w.
+template <bool kGradient, int kCount, class F>
+void add_group(Index n, const F* __restrict__ a, const Terms<F>& terms, std::size_t t,
+               F* __restrict__ sum) {
+  F growth[kCount], offset[kCount];
+  for (int k = 0; k < kCount; ++k) {
+    growth[k] = terms.growth[t + k];
+    offset[k] = terms.offset[t + k];
+  }
+  for (Index i = 0; i < n; ++i) {
+    F d[kCount];
+    for (int k = 0; k < kCount; ++k) d[k] = weight_denominator(a[i], growth[k], offset[k]);
+    if (kGradient) {
+      F inverse[kCount], added = F(0);
+      invert(d, inverse);
+      for (int k = 0; k < kCount; ++k) {
+        added = add_weight_slope(added, d[k], inverse[k], offset[k]);
+      }
+      sum[i] += added;
+    } else {
+      // 1/d_0 + 1/d_1 + ... over one denominator, which the next d multiplies.
+      F above = F(1), below = d[0];
+#pragma GCC unroll 4  // or the loop over i is not vectorised
+      for (int k = 1; k < kCount; ++k) {
+        above = fast_multiply_add(above, d[k], below);
+        below *= d[k];
+      }
+      sum[i] += above / below;
+    }
   }
 }
 
 // Sum over t of 1/d_t (value) or of the slope (gradient), for a block of |w|.
 template <bool kGradient, class F>
-void add_terms(Index n, const F* a, const std::vector<F>& growth, F eps, F* sum) {
+void add_terms(Index n, const F* a, const Terms<F>& terms, F* sum) {
   // A group's product must stay finite for the largest weight of this block.
-  const F largest = max_row(n, a, F(0)) + eps;
+  const std::vector<F>& growth = terms.growth;
+  const F largest = max_row(n, a, F(0)) + terms.eps;
   const F limit = sizeof(F) == 4 ? F(1e36) : F(1e300);
   std::fill_n(sum, n, F(0));
   for (std::size_t t = 0; t < growth.size();) {
@@ -83,16 +114,16 @@ void add_terms(Index n, const F* a, const std::vector<F>& growth, F eps, F* sum)
     }
     switch (count) {
       case 4:
-        add_group<kGradient, 4>(n, a, &growth[t], eps, sum);
+        add_group<kGradient, 4>(n, a, terms, t, sum);
         break;
       case 3:
-        add_group<kGradient, 3>(n, a, &growth[t], eps, sum);
+        add_group<kGradient, 3>(n, a, terms, t, sum);
         break;
       case 2:
-        add_group<kGradient, 2>(n, a, &growth[t], eps, sum);
+        add_group<kGradient, 2>(n, a, terms, t, sum);
         break;
       default:
-        add_group<kGradient, 1>(n, a, &growth[t], eps, sum);
+        add_group<kGradient, 1>(n, a, terms, t, sum);
     }
     t += count;
   }
@@ -108,15 +139,10 @@ const F* load_block(const Storage* from, Index n, F* buffer) {
   }
 }
 
-template <class F>
-std::vector<F> cast(const std::vector<double>& values) {
-  return std::vector<F>(values.begin(), values.end());
-}
-
 template <class Storage>
 double value_of(const PenaltySettings& settings, const Chunk& chunk) {
   using F = State<Storage>;
-  const std::vector<F> growth = cast<F>(settings.growth);
+  const Terms<F> terms(settings);
   const Storage* weight = static_cast<const Storage*>(chunk.tensor->weight);
   F w_buffer[kBlock], a[kBlock], sum[kBlock];
   double total = 0;
@@ -124,7 +150,7 @@ double value_of(const PenaltySettings& settings, const Chunk& chunk) {
     const Index n = std::min(kBlock, chunk.end - begin);
     const F* w = load_block(weight + begin, n, w_buffer);
     for (Index i = 0; i < n; ++i) a[i] = absolute(w[i]);
-    add_terms<false>(n, a, growth, static_cast<F>(settings.eps), sum);
+    add_terms<false>(n, a, terms, sum);
     for (Index i = 0; i < n; ++i) sum[i] *= a[i] * a[i];
     total += sum_row(n, sum);
   }
@@ -134,7 +160,7 @@ double value_of(const PenaltySettings& settings, const Chunk& chunk) {
 template <class Storage>
 void write_gradient(const PenaltySettings& settings, const Chunk& chunk, double upstream) {
   using F = State<Storage>;
-  const std::vector<F> growth = cast<F>(settings.growth);
+  const Terms<F> terms(settings);
   const F scale = static_cast<F>(settings.scale * upstream);
   const Storage* weight = static_cast<const Storage*>(chunk.tensor->weight);
   Storage* grad = static_cast<Storage*>(chunk.tensor->grad);
@@ -143,7 +169,7 @@ void write_gradient(const PenaltySettings& settings, const Chunk& chunk, double 
     const Index n = std::min(kBlock, chunk.end - begin);
     const F* w = load_block(weight + begin, n, w_buffer);
     for (Index i = 0; i < n; ++i) a[i] = absolute(w[i]);
-    add_terms<true>(n, a, growth, static_cast<F>(settings.eps), sum);
+    add_terms<true>(n, a, terms, sum);
     Storage* to = grad + begin;
     if (chunk.tensor->accumulate) {
       for (Index i = 0; i < n; ++i) store(&to[i], load(to[i]) + scale * w[i] * sum[i]);

@@ -115,6 +115,8 @@ TRT_HD float fast_multiply_add(float a, float b, float c) {
 #endif
 }
 
+TRT_HD double fast_multiply_add(double a, double b, double c) { return a * b + c; }
+
 // 2^z for z <= 0, relative error below 2.5e-7. NaN stays NaN, and what underflows is 0 or
 // nearly so.
 TRT_HD float exp2_nonpositive(float z) {

@@ -62,15 +62,16 @@ struct RangePotential {
 
 using Potentials = KindList<SquarePotential, TrtPotential, RangePotential>;
 
-// The weight regularizer's term is w^2 / d, with d below and a = |w|.
+// The weight regularizer's term is w^2 / d, with a = |w| and d = 1 + growth (a + eps), written with
+// offset = 1 + growth eps.
 template <class F>
-TRT_HD F weight_denominator(F a, F growth, F eps) {
-  return F(1) + growth * (a + eps);
+TRT_HD F weight_denominator(F a, F growth, F offset) {
+  return fast_multiply_add(growth, a, offset);
 }
-// Its derivative is w times this: (2 + growth (a + 2 eps)) / d^2, with `inverse` = 1 / d.
+// Adds its derivative over w: (2 + growth (a + 2 eps)) / d^2, with `inverse` = 1 / d.
 template <class F>
-TRT_HD F weight_slope(F denominator, F inverse, F growth, F eps) {
-  return (F(1) + denominator + growth * eps) * inverse * inverse;
+TRT_HD F add_weight_slope(F sum, F denominator, F inverse, F offset) {
+  return fast_multiply_add(denominator + offset, inverse * inverse, sum);
 }
 
 }  // namespace TRT_ISA

@@ -96,37 +96,28 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-_lif_handles: dict[LIFOptions, Any] = {}
-
-
+@lru_cache(maxsize=4096)  # bounded: an annealed threshold makes new settings at every step
 def lif_handle(options: LIFOptions) -> Any:
     """The compiled settings of these options, made once."""
-    handle = _lif_handles.get(options)
-    if handle is None:
-        handle = _lif_handles[options] = _C.LIF(
-            charge=options.charge,
-            reset=options.reset,
-            surrogate=options.surrogate,
-            phi=options.phi,
-            decay=options.decay,
-            tau=1 / options.decay if options.decay else math.inf,
-            threshold=options.threshold,
-            v_reset=options.v_reset,
-            detach_reset=options.detach_reset,
-            fire_at_threshold=options.fire_at_threshold,
-            surrogate_parameter=options.surrogate_parameter,
-            delta=options.delta,
-            eps=options.eps,
-        )
-    return handle
+    return _C.LIF(
+        charge=options.charge,
+        reset=options.reset,
+        surrogate=options.surrogate,
+        phi=options.phi,
+        decay=options.decay,
+        tau=1 / options.decay if options.decay else math.inf,
+        threshold=options.threshold,
+        v_reset=options.v_reset,
+        detach_reset=options.detach_reset,
+        fire_at_threshold=options.fire_at_threshold,
+        surrogate_parameter=options.surrogate_parameter,
+        delta=options.delta,
+        eps=options.eps,
+    )
 
 
-def launch(handle: Any, direction: str, x: Tensor, arguments: tuple[Any, ...]) -> None:
-    """Runs `handle`'s kernel of a direction: on the CPU's threads, or on x's current stream."""
-    if x.is_cpu:
-        run = handle.cpu_forward if direction == "forward" else handle.cpu_backward
-        run(*arguments, torch.get_num_threads())
-        return
+def launch_cuda(handle: Any, direction: str, x: Tensor, arguments: tuple[Any, ...]) -> None:
+    """Runs `handle`'s kernel of a direction on x's device, on its current stream."""
     size = getattr(handle, f"cuda_{direction}_workspace")(*arguments[:3])
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     stream = torch.cuda.current_stream(x.device).cuda_stream
@@ -161,7 +152,11 @@ def lif_forward(
         0 if state is None else state.data_ptr(),
         0 if penalty is None else penalty.data_ptr(),
     )
-    launch(lif_handle(options), "forward", x, arguments)
+    handle = lif_handle(options)
+    if x.is_cpu:
+        handle.cpu_forward(*arguments, torch.get_num_threads())
+    else:
+        launch_cuda(handle, "forward", x, arguments)
     return spikes, state, potential, penalty
 
 
@@ -200,7 +195,11 @@ def lif_backward(
         grad_x.data_ptr(),
         0 if grad_v_init is None else grad_v_init.data_ptr(),
     )
-    launch(lif_handle(options), "backward", x, arguments)
+    handle = lif_handle(options)
+    if x.is_cpu:
+        handle.cpu_backward(*arguments, torch.get_num_threads())
+    else:
+        launch_cuda(handle, "backward", x, arguments)
     return grad_x, grad_v_init
 
 

@@ -1,0 +1,91 @@
+"""Bar plots of a run: every variant's time relative to ours, one panel a case."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.records import Record, Run
+from benchmarks.report import duration, times
+from benchmarks.targets import PENALTY, TRAINING
+
+PLOTS = {
+    "lif.png": (TRAINING, "lif: forward and backward, time relative to ours"),
+    "penalty.png": (PENALTY, "trt_penalty: forward and backward, time relative to ours"),
+}
+OURS, YARDSTICK, OTHER = "#1b6e53", "#8a8f98", "#c9743a"
+YARDSTICKS = ("relu", "sum of squares")
+COLUMNS = 2
+
+
+def draw(run: Run, folder: Path) -> list[Path]:
+    """Writes a PNG for each kind of case that the run holds; returns their paths."""
+    written = []
+    for name, (table, title) in PLOTS.items():
+        records = run.of(table)
+        if records:
+            path = folder / name
+            plot(records, title, f"{run.machine}; {run.date}", path)
+            written.append(path)
+    return written
+
+
+def plot(records: list[Record], title: str, caption: str, path: Path) -> None:
+    """A grid of panels over one shared logarithmic scale."""
+    columns = min(COLUMNS, len(records))
+    rows = -(-len(records) // columns)
+    bars = max(len(record.others) for record in records) + 1
+    height = rows * (0.34 * bars + 0.75) + 1.1
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5.4 * columns, height), sharex=True, squeeze=False
+    )
+    for axes, record in zip(grid.flat, records, strict=False):
+        panel(axes, record)
+    for axes in grid.flat[len(records) :]:
+        axes.set_visible(False)
+    ratios = [record.ratio(name) or 1 for record in records for name in record.others]
+    grid.flat[0].set_xlim(min(0.5, *ratios) * 0.8, max(2.0, *ratios) * 2.6)
+    last = grid[-1] if len(records) == rows * columns else grid.flat[: len(records)][-columns:]
+    for axes in last:
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("time ÷ ours (log scale; shorter is faster)")
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.02, ha="left")
+    figure.text(0.02, 0.012, caption, fontsize=8, color="#555555")
+    figure.tight_layout(rect=(0, 0.03, 1, 0.985))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def panel(axes: Axes, record: Record) -> None:
+    """Horizontal bars, fastest on top."""
+    ours = record.info["ours"]
+    ratios = {ours: 1.0, **{name: record.ratio(name) or 0.0 for name in record.others}}
+    names = sorted(ratios, key=lambda name: ratios[name])
+    colours = [OURS if n == ours else YARDSTICK if n in YARDSTICKS else OTHER for n in names]
+    axes.barh(names, [ratios[name] for name in names], color=colours, height=0.72)
+    for position, name in enumerate(names):
+        label = times(ratios[name]) if name != ours else duration(record.seconds)
+        axes.annotate(
+            label,
+            (ratios[name], position),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            fontweight="bold" if name == ours else "normal",
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}×"))
+    axes.invert_yaxis()
+    axes.axvline(1, color=OURS, linewidth=0.9, linestyle=":", zorder=0)
+    axes.set_title(record.case, fontsize=10, loc="left")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", which="major", linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)

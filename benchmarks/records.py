@@ -1,0 +1,112 @@
+"""Reads the records of measured cases back from the JSON files of pytest-benchmark."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured case, as `measure` stored it."""
+
+    info: dict[str, Any]
+
+    @property
+    def table(self) -> str:
+        return str(self.info["table"])
+
+    @property
+    def case(self) -> str:
+        return str(self.info["case"])
+
+    @property
+    def others(self) -> dict[str, dict[str, Any]]:
+        """The results of every variant but ours."""
+        variants = self.info["variants"]
+        return {name: result for name, result in variants.items() if name != self.info["ours"]}
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        """The result of ours."""
+        result: dict[str, Any] = self.info["variants"][self.info["ours"]]
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """Our median."""
+        return float(self.ours["median"])
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that ours moves by the byte model."""
+        return float(self.info["moved"]) / self.seconds
+
+    @property
+    def of_copy(self) -> float:
+        """Our bandwidth as a fraction of a copy's in the same run."""
+        copy = self.info["copy"]
+        return self.bandwidth * float(copy["median"]) / float(copy["moved"])
+
+    def ratio(self, name: str) -> float | None:
+        """How many times slower than ours a variant is; None where it was not measured."""
+        result = self.others.get(name)
+        return None if result is None else float(result["median"]) / self.seconds
+
+    def kept(self, result: dict[str, Any]) -> float | None:
+        """Bytes that a variant keeps for its backward pass, per element."""
+        return result["kept"] / self.info["elements"] if "kept" in result else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one or several JSON files hold."""
+
+    records: list[Record]
+    machine: str
+    date: str
+
+    def of(self, table: str, **about: Any) -> list[Record]:
+        """The records of the tables whose name begins so, with these facts in their `about`."""
+        return [
+            r
+            for r in self.records
+            if r.table.startswith(table) and all(r.info.get(k) == v for k, v in about.items())
+        ]
+
+
+def read(paths: Iterable[Path]) -> Run:
+    """Reads JSON files of `pytest --benchmark-json`; of one case measured twice the last counts."""
+    records: dict[tuple[str, str], Record] = {}
+    machines: dict[str, None] = {}
+    dates: dict[str, None] = {}
+    for path in paths:
+        data = json.loads(Path(path).read_text())
+        machines[machine_line(data["machine_info"])] = None
+        dates[str(data.get("datetime", ""))[:10]] = None
+        for benchmark in data["benchmarks"]:
+            if "variants" in benchmark["extra_info"]:
+                record = Record(benchmark["extra_info"])
+                records[record.table, record.case] = record
+    return Run(list(records.values()), "; ".join(machines), ", ".join(dates))
+
+
+def machine_line(info: dict[str, Any]) -> str:
+    """Processor, threads, instruction-set level and torch version of a run."""
+    cpu = info.get("cpu", {})
+    ours = info.get("trt_kernels", {})
+    return ", ".join(
+        (
+            str(cpu.get("brand_raw") or info.get("machine", "unknown processor")),
+            counted(cpu.get("count", "?"), "core"),
+            counted(ours.get("threads", "?"), "thread"),
+            str(ours.get("level", "?")),
+            f"torch {ours.get('torch', '?')}",
+        )
+    )
+
+
+def counted(number: Any, noun: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

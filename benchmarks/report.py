@@ -1,0 +1,144 @@
+"""Turns the JSON of a benchmark run into a Markdown report and plots.
+
+python -m benchmarks.report IN.json [MORE.json ...] --out DIR
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import Record, Run, read
+from benchmarks.targets import findings
+
+LEGEND = (
+    "`N×`: times slower than ours, by the medians of runs in turn (below 1: faster). "
+    "In brackets: bytes kept for the backward pass, per element. "
+    "GB/s: the bytes that must move at least, divided by our time; `of copy`: that bandwidth over "
+    "the bandwidth of a copy of the same tensor in the same run."
+)
+
+
+def duration(seconds: float) -> str:
+    """1.23 s, 4.56 ms or 7.89 µs."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def times(ratio: float) -> str:
+    """1.23×, 12.3× or 123×."""
+    digits = 2 if ratio < 10 else 1 if ratio < 100 else 0
+    return f"{ratio:.{digits}f}×"
+
+
+def result_line(info: dict[str, Any]) -> str:
+    """One case in one line, for the terminal."""
+    record = Record(info)
+    parts = [
+        f"{info['ours']} {duration(record.seconds)}, {record.bandwidth / 1e9:.3g} GB/s "
+        f"({record.of_copy:.0%} of a copy)"
+    ]
+    parts += [f"{name} {times(record.ratio(name) or 0)}" for name in record.others]
+    parts += [f"{name} skipped: {reason}" for name, reason in info["skipped"].items()]
+    return "; ".join(parts)
+
+
+def table(records: list[Record]) -> Iterator[str]:
+    """A table of cases with the same kind of variants."""
+    columns = list(dict.fromkeys(name for record in records for name in record.others))
+    has_kept = any("kept" in record.ours for record in records)
+    ours = records[0].info["ours"]
+    element = records[0].info["element"]
+    head = ["case", ours, "GB/s", "of copy"]
+    head += [f"kept, B/{element}"] if has_kept else []
+    yield row([*head, *columns])
+    yield row(["---", *["---:"] * (len(head) + len(columns) - 1)])
+    for record in records:
+        cells = [
+            record.case,
+            duration(record.seconds),
+            f"{record.bandwidth / 1e9:.3g}",
+            f"{record.of_copy:.0%}",
+        ]
+        if has_kept:
+            cells.append(number(record.kept(record.ours)))
+        yield row([*cells, *(cell(record, name) for name in columns)])
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def cell(record: Record, name: str) -> str:
+    """Ratio and kept bytes of a variant, or why it is missing."""
+    result = record.others.get(name)
+    if result is None:
+        return "skipped" if name in record.info["skipped"] else ""
+    kept = record.kept(result)
+    return times(record.ratio(name) or 0) + ("" if kept is None else f" ({kept:.3g} B)")
+
+
+def notes(records: list[Record]) -> Iterator[str]:
+    """Compile times, and what was left out."""
+    for record in records:
+        for name, result in record.others.items():
+            if "compile" in result:
+                seconds = result["compile"]
+                yield f"{record.case}: {name} took {seconds:.1f} s to compile, not counted above."
+    skipped = {
+        f"{name} left out: {reason}"
+        for record in records
+        for name, reason in record.info["skipped"].items()
+    }
+    yield from sorted(skipped)
+
+
+def targets(run: Run) -> Iterator[str]:
+    """Each target with its measured value."""
+    yield row(["target", "case", "measured", "bound", ""])
+    yield row(["---", "---", "---:", "---", "---"])
+    for f in findings(run):
+        verdict = "met" if f.met else "**missed**"
+        yield row([f.target, f.what, f"{f.value:.3g}", f.bound, verdict])
+
+
+def markdown(run: Run) -> str:
+    """The whole report."""
+    lines = ["# Benchmarks of trt_kernels", "", f"{run.machine}; {run.date}.", "", LEGEND]
+    for name in dict.fromkeys(record.table for record in run.records):
+        records = [record for record in run.records if record.table == name]
+        lines += ["", f"## {name}", "", *table(records)]
+        remarks = list(notes(records))
+        lines += ["", *(f"* {note}" for note in remarks)] if remarks else []
+    lines += ["", "## Targets", "", *targets(run)]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, help="JSON of pytest --benchmark-json")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="directory of the report")
+    options = parser.parse_args(arguments)
+    run = read(options.inputs)
+    if not run.records:
+        parser.error("no measured case in the input: look at the benchmark run for failures")
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = markdown(run)
+    (options.out / "report.md").write_text(text)
+    print(text)
+    from benchmarks.plots import draw  # not at the top: tables need no matplotlib
+
+    for path in draw(run, options.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
