@@ -52,7 +52,7 @@ def from_torch_list(text):
     for item in re.split(r"[;, ]+", text.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+[a-z]?)(\+PTX)?", item)
         if not match:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; give 8.0;9.0+PTX")
+            raise BuildFailed(f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; give 8.0;9.0+PTX")
         number = match[1] + match[2]
         archs += [f"{number}-real"] + ([f"{number}-virtual"] if match[3] else [])
     return ";".join(archs)
@@ -109,9 +109,12 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_CUDA_ARCHITECTURES={cuda_archs()}",
             ]
         for command in (configure, ["cmake", "--build", str(folder), "--target", "_C"]):
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            try:
+                done = subprocess.run(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            except FileNotFoundError as error:
+                raise BuildFailed(f"{command[0]} was not found: pip install cmake ninja") from error
             print(done.stdout)
             if done.returncode:
                 raise BuildFailed(f"{' '.join(command[:2])} failed: {first_error(done.stdout)}")

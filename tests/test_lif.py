@@ -1,10 +1,14 @@
 """`lif` on the compiled backend against the reference."""
 
+import gc
 import itertools
 import multiprocessing
+import resource
+import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import trt_kernels as tk
 from tests.cases import (
@@ -408,6 +412,52 @@ def test_custom_surrogate_runs_on_the_reference_only():
             tk.lif(x, surrogate=boxcar, backend=backend)
 
 
+def test_surrogate_derived_from_ours_is_the_users_own():
+    class Seven(tk.Triangle):
+        def __call__(self, u):
+            return torch.full_like(u, 7.0)
+
+    x = torch.randn(1, 5, requires_grad=True)
+    with pytest.raises(ValueError, match="runs on backend='reference' only"):
+        tk.lif(x, surrogate=Seven())
+    out = tk.lif(x, surrogate=Seven(), backend="reference")
+    assert torch.autograd.grad(out.sum(), x)[0].eq(7).all()
+    with pytest.raises(TypeError, match="base class"):
+        tk.Surrogate()
+
+
+def test_user_surrogates_are_not_kept_alive():
+    def make():
+        big = torch.zeros(3)
+        return weakref.ref(big), lambda u: u * 0 + big.sum()
+
+    ref, surrogate = make()
+    tk.lif(torch.zeros(2, 3), surrogate=surrogate, backend="reference")
+    del surrogate
+    gc.collect()
+    assert ref() is None
+
+
+def test_tensors_whose_memory_is_not_their_value():
+    """A negative view, and a wrapper subclass anywhere among the arguments, go through the op."""
+    x = torch.randn(4, 6)
+    assert torch.equal(tk.lif(torch._neg_view(x)), tk.lif(-x))
+    y = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(tk.lif(y), y, torch._neg_view(torch.ones(4, 6)))
+    (expected,) = torch.autograd.grad(tk.lif(y), y, -torch.ones(4, 6))
+    assert torch.equal(grad, expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert tk.lif(x, v_init=torch.ones(6)).shape == x.shape
+
+
+def test_few_neurons_and_many_steps_take_no_more_memory_than_x():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x = torch.zeros(3_000_000, 1, requires_grad=True)
+    tk.lif(x).backward(torch.ones_like(x))
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert grown < 20 * x.nbytes
+
+
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_double_backward_raises(backend):
     x = torch.randn(4, 5, requires_grad=True)
@@ -434,6 +484,18 @@ X = torch.zeros(4, 3)
         (X, {"decay": float("nan")}, ValueError, "decay: got nan"),
         (X, {"decay": float("inf")}, ValueError, "decay: got inf"),
         (X, {"decay": "a"}, TypeError, "decay: got 'a'"),
+        (X, {"decay": 10**400}, ValueError, "decay: got 1000"),
+        (
+            X,
+            {"decay": 1e300},
+            ValueError,
+            "decay: .* not finite in torch.float32",
+        ),
+        (X, {"threshold": True}, TypeError, "threshold: got True"),
+        (X, {"charge": ["decay"]}, ValueError, "charge: got"),
+        (X, {"backend": ["cpu"]}, ValueError, "backend: got"),
+        (X, {"time_dim": 2**70}, ValueError, "time_dim: got"),
+        (torch.nn.UninitializedParameter(), {}, ValueError, "x: got an uninitialised"),
         (X, {"decay": [0.5]}, TypeError, r"decay: got \[0.5\]"),
         (X, {"decay": torch.tensor(0.5)}, NotImplementedError, "decay: got a tensor"),
         (X, {"decay": torch.ones(3)}, NotImplementedError, "decay.*per-channel"),
@@ -481,6 +543,7 @@ def test_bad_input(x, options, error, message):
         (("square", torch.ones(2, 2)), ValueError, r"weight: got shape \(2, 2\)"),
         (("square", torch.ones(2).long()), TypeError, "weight: got dtype"),
         (("square", [1.0, float("nan")]), ValueError, "weight: got nan"),
+        (("square", 5), TypeError, "weight: got 5"),
         (("square", torch.tensor([float("inf")])), ValueError, "weight: got"),
         (("square", torch.ones(2, requires_grad=True)), ValueError, "weight: requires grad"),
     ],

@@ -185,6 +185,7 @@ Y = torch.tensor([0, 1, 2])
         (O, Y, {"time_dim": 3}, ValueError, "time_dim: got 3"),
         (O, Y, {"label_smoothing": 2}, ValueError, "label_smoothing: got 2"),
         (O, Y, {"ignore_index": 0.5}, TypeError, "ignore_index: got 0.5"),
+        (O, Y, {"ignore_index": 10**30}, ValueError, "ignore_index: got 1000"),
         (O, Y, {"class_weight": torch.ones(3)}, ValueError, r"class_weight: got shape \(3,\)"),
         (O, Y, {"class_weight": [1.0]}, TypeError, "class_weight: got list"),
         (
@@ -273,6 +274,15 @@ def test_bad_loss_settings():
             tk.TRTLoss(net, **{**good, **changed})
     with pytest.raises(ValueError, match="parameters: got none"):
         tk.TRTLoss([("bias", torch.zeros(3))], **good)
+    for wrong in (net.parameters(), net.state_dict(), torch.zeros(3), None):
+        with pytest.raises(TypeError, match=r"parameters: got .* needs"):
+            tk.TRTLoss(wrong, **good)
+    with pytest.raises(TypeError, match=r"TRTLoss: unknown options \['foo'\]"):
+        tk.TRTLoss(net, **good, foo=1)
+    with pytest.raises(TypeError, match=r"TETLoss: unknown options \['foo'\]"):
+        tk.TETLoss(mean=1.0, weight=0.1, foo=1)
+    with pytest.raises(ValueError, match="logits: got no timestep"):
+        tk.TRTLoss(net, **good)(torch.zeros(0, 3, 4), Y)
     with pytest.raises(ValueError, match="weight: got 2"):
         tk.TETLoss(mean=1.0, weight=2)
     with pytest.raises(ValueError, match="mean: got nan"):

@@ -104,6 +104,7 @@ def test_bad_input():
         ({"surrogate": "atan"}, TypeError, "surrogate: got 'atan'"),
         ({"memory": "bits"}, NotImplementedError, "memory: 'bits'"),
         ({"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
+        ({"penalty": 1.0}, TypeError, "penalty: got float"),
     ):
         with pytest.raises(error, match=message):
             tk.nn.LIF(**options)

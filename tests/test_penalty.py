@@ -179,7 +179,10 @@ GOOD = {"steps": 4, "weight": 1.0, "delta": 0.5}
     "params,changed,error,message",
     [
         ([], {}, ValueError, "params: got an empty list"),
-        (W, {}, TypeError, "params: got a tensor"),
+        (None, {}, TypeError, "params: got NoneType"),
+        (torch.nn.Linear(2, 2), {}, TypeError, "params: got Linear"),
+        ([torch.nn.UninitializedParameter()], {}, ValueError, r"params\[0\]: got an uninit"),
+        (W, {}, TypeError, "params: got Tensor"),
         ([W, 1.0], {}, TypeError, r"params\[1\]: got float"),
         ([W, W.long()], {}, TypeError, r"params\[1\]: got dtype torch.int64"),
         ([W.to_sparse()], {}, ValueError, r"params\[0\]: got layout"),
@@ -198,6 +201,46 @@ GOOD = {"steps": 4, "weight": 1.0, "delta": 0.5}
 def test_bad_input(function, params, changed, error, message):
     with pytest.raises(error, match=message):
         function(params, **{**GOOD, **changed})
+
+
+def test_in_place_with_gradients_of_another_dtype():
+    for dtype, grad_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        p = torch.nn.Parameter(torch.ones(8, dtype=dtype))
+        p.grad_dtype = grad_dtype
+        p.grad = torch.zeros(8, dtype=grad_dtype)
+        tk.trt_penalty_([p], **GOOD)
+        q = torch.ones(8, requires_grad=True)
+        (expected,) = torch.autograd.grad(tk.trt_penalty([q], **GOOD), q)
+        assert relative_error(p.grad, expected) < 1e-2
+
+
+def test_in_place_refuses_before_it_changes_anything():
+    good = torch.nn.Parameter(torch.ones(3))
+    good.grad = torch.zeros(3)
+    sparse = torch.nn.Parameter(torch.ones(3))
+    sparse.grad = torch.zeros(3).to_sparse()
+    with pytest.raises(ValueError, match=r"params\[1\].grad: got layout"):
+        tk.trt_penalty_([good, sparse], **GOOD)
+    with pytest.raises(ValueError, match=r"params\[1\]: not a leaf"):
+        tk.trt_penalty_([good, good * 2], **GOOD)
+    assert good.grad.eq(0).all()
+
+
+def test_in_place_is_seen_by_autograd_and_needs_no_default_device():
+    p = torch.nn.Parameter(torch.tensor([3.0]))
+    (p**3).sum().backward(create_graph=True)
+    value = (p.grad**2).sum()
+    with torch.device("meta"):
+        tk.trt_penalty_([p], **GOOD)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+def test_upstream_gradient_that_is_a_zero_tensor():
+    p = torch.ones(5, requires_grad=True)
+    zero = torch._efficientzerotensor(())
+    (grad,) = torch.autograd.grad(tk.trt_penalty([p], **GOOD), p, zero)
+    assert grad.eq(0).all()
 
 
 def test_bad_scale():

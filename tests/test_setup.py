@@ -29,7 +29,7 @@ def test_architectures(setup_module, monkeypatch):
     assert setup_module.cuda_archs() == "80-real;90a-real;100-real;100-virtual"
     monkeypatch.setenv("TRT_KERNELS_CUDA_ARCHS", "80,90")
     assert setup_module.cuda_archs() == "80;90"
-    with pytest.raises(SystemExit, match="cannot read 'Hopper'"):
+    with pytest.raises(setup_module.BuildFailed, match="cannot read 'Hopper'"):
         setup_module.from_torch_list("Hopper")
 
 

@@ -1,11 +1,12 @@
 """Checks that public functions share: each names the argument, what it got, what it needs."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -17,16 +18,31 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def finite(name: str, value: Any) -> float:
     """`value` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        got = (
+            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        )
+        raise TypeError(f"{name}: got {got}, needs a float")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {value!r}, needs a finite number")
+    return number
+
+
+def neuron_parameter(name: str, value: Any, dtype: torch.dtype) -> float:
+    """`value` as a float that is finite in the state dtype of `dtype` too."""
     if isinstance(value, Tensor):
         raise NotImplementedError(
             f"{name}: got a tensor of shape {tuple(value.shape)}; a learnable or per-channel "
             f"{name} is not part of this version, which needs a float"
         )
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {value!r}, needs a float")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}, needs a finite number")
-    return float(value)
+    number = finite(name, value)
+    if abs(number) > torch.finfo(state_dtype(dtype)).max:
+        raise ValueError(f"{name}: got {value!r}, which is not finite in {state_dtype(dtype)}")
+    return number
 
 
 def non_negative(name: str, value: Any) -> float:
@@ -49,33 +65,45 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
+def integer(name: str, value: Any) -> int:
+    """`value` as an int that the kernels can hold."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: got {value!r}, needs an int")
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name}: got {value!r}, needs an int of 64 bits")
+    return number
+
+
 def steps(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"steps: got {value!r}, needs an int >= 1")
-    if value < 1:
+    number = integer("steps", value)
+    if number < 1:
         raise ValueError(f"steps: got {value}, needs at least 1")
-    return value
+    return number
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(repr, allowed))}")
-    return str(value)
+    return value
 
 
 def dimension(name: str, value: Any, ndim: int) -> int:
     """`value` as a dimension counted from 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, needs an int")
-    if not -ndim <= value < ndim:
+    number = integer(name, value)
+    if not -ndim <= number < ndim:
         raise ValueError(f"{name}: got {value} for a tensor with {ndim} dimensions")
-    return value % ndim
+    return number % ndim
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
     """`value` as a plain strided tensor of one of `dtypes`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, needs a torch.Tensor")
+    if isinstance(value, UninitializedTensorMixin):
+        raise ValueError(f"{name}: got an uninitialised parameter, needs one with values")
+    if value.is_nested:
+        raise ValueError(f"{name}: got a nested tensor, needs a dense (strided) one")
     if value.layout is not torch.strided:
         raise ValueError(f"{name}: got layout {value.layout}, needs a dense (strided) tensor")
     if value.dtype not in dtypes:

@@ -51,6 +51,7 @@ def _check_lif(
         0.0 if penalty is None else penalty.eps,
         choose_backend("lif", backend, x.device),
         x.ndim,
+        x.dtype,
     )
 
 
@@ -102,7 +103,7 @@ def lif(
         surrogate: Triangle, Sigmoid, ATan, Rectangle, FastSigmoid; or any callable that gives σ'(u)
             elementwise, on backend="reference" only.
         fire_at_threshold: fire at h >= threshold instead of h > threshold.
-        charge: "decay" or "divide".
+        charge: "decay", or "divide" with tau = 1/decay rounded to the state's dtype.
         v_init: potential before the first step, x's shape without time, float32 (float64 for
             float64 x); 0 if not given.
         time_dim: the dimension of x that is time.
@@ -147,6 +148,9 @@ def lif(
         chosen = ops.default_backend if backend is None else backend
         # The classes too: 0.0 and False equal 0, and would pass for a checked time_dim.
         classes = (
+            decay.__class__,
+            threshold.__class__,
+            v_reset.__class__,
             time_dim.__class__,
             detach_reset.__class__,
             fire_at_threshold.__class__,
@@ -157,11 +161,12 @@ def lif(
         key = (settings, classes, chosen, x.dtype, x.device, x.ndim, x.layout)
         try:
             known = _checked.get(key)
-        except TypeError:  # something unhashable: the check names it, or it is a user's surrogate
+        except TypeError:  # something unhashable: the check names it
             options = _check_lif(x, penalty, backend, settings)
         else:
             options = known or _check_lif(x, penalty, backend, settings)
-            if known is None:
+            # A surrogate of the user's own is not kept alive.
+            if known is None and options.surrogate != "custom":
                 if len(_checked) >= _MOST_CHECKED:
                     _checked.clear()
                 _checked[key] = options
@@ -280,6 +285,11 @@ def trt_penalty_(
     """
     scale = checks.finite("scale", scale)
     tensors, options = _penalty_arguments(params, steps, weight, delta, eps, backend)
+    for index, p in enumerate(tensors):
+        if p.requires_grad and not p.is_leaf:
+            raise ValueError(f"params[{index}]: not a leaf of the graph, so nobody reads its .grad")
+        if p.grad is not None:
+            checks.tensor(f"params[{index}].grad", p.grad)
     tensors = [p for p in tensors if p.requires_grad]
     if not tensors:
         return
@@ -300,8 +310,8 @@ def trt_penalty_(
 def _penalty_arguments(
     params: Iterable[Tensor], steps: Any, weight: Any, delta: Any, eps: Any, backend: str | None
 ) -> tuple[list[Tensor], PenaltyOptions]:
-    if isinstance(params, Tensor):
-        raise TypeError("params: got a tensor, needs a list of tensors")
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(f"params: got {type(params).__name__}, needs a list of tensors")
     tensors = list(params)
     if not tensors:
         raise ValueError("params: got an empty list, needs at least one parameter")
@@ -346,8 +356,8 @@ def temporal_loss(
         ignore_index: rows with this index count in neither mean (indices only).
         label_smoothing: in [0, 1], as in `torch.nn.functional.cross_entropy`; the squared term uses
             the same smoothed target.
-        check: look for indices out of range also where that would synchronise with a GPU. Without
-            it, the loss is NaN there; on the CPU the look is free and always done.
+        check: look for indices out of range also where that would synchronise with a GPU. On the
+            CPU eager calls always look. Where nobody looks (a GPU, torch.compile) the loss is NaN.
         backend: as in `lif`.
 
     Returns:
@@ -400,8 +410,7 @@ def mixed_loss(
     if classes == 0:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, needs at least one class")
     smoothing = checks.fraction("label_smoothing", label_smoothing)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {ignore_index!r}, needs an int")
+    ignore_index = checks.integer("ignore_index", ignore_index)
     checks.boolean("check", check)
     checks.tensor("target", target, (torch.int64, *checks.FLOATS))
     checks.same_device("target", target, "logits", logits)

@@ -8,6 +8,29 @@ from torch import Tensor, nn
 from . import checks
 from .functional import mixed_loss, temporal_loss, trt_penalty
 
+_LOSS_OPTIONS = ("class_weight", "ignore_index", "label_smoothing", "check", "backend")
+
+
+def _checked(loss: str, options: dict[str, Any]) -> dict[str, Any]:
+    unknown = options.keys() - set(_LOSS_OPTIONS)
+    if unknown:
+        raise TypeError(f"{loss}: unknown options {sorted(unknown)}; it takes {_LOSS_OPTIONS}")
+    return options
+
+
+def _named(parameters: Any) -> nn.Module | list[tuple[str, Tensor]]:
+    if isinstance(parameters, nn.Module):
+        return parameters
+    named = [] if isinstance(parameters, Tensor) else parameters
+    pairs = list(named) if isinstance(named, Iterable) else []
+    for pair in pairs or [parameters]:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise TypeError(
+                f"parameters: got {type(pair).__name__}, needs an nn.Module or (name, tensor) "
+                "pairs such as module.named_parameters()"
+            )
+    return pairs
+
 
 class TRTLoss(nn.Module):
     """The TRT objective: temporal loss plus the time-decaying weight regularizer.
@@ -15,7 +38,8 @@ class TRTLoss(nn.Module):
         L = (1/T) Σ_t [ (1-η)·CE(O_t, y) + η·mean (O_t - onehot(y))² ] + R(weights, T)
 
     Regularized is every named parameter without "bias" in its name. A module's parameters are
-    looked up at every call, so replacing one is seen. The loss holds no parameters of its own.
+    looked up at every call, so replacing one is seen. The loss holds no parameters of its own;
+    deep-copy it together with its model, or it regularizes a copy.
 
     Args:
         parameters: an `nn.Module`, or (name, tensor) pairs as `named_parameters()` gives.
@@ -50,10 +74,9 @@ class TRTLoss(nn.Module):
         self.mse_ratio = checks.fraction("mse_ratio", mse_ratio)
         self.eps = checks.non_negative("eps", eps)
         self.time_dim = checks.dimension("time_dim", time_dim, 3)
-        self.loss_options = loss_options
+        self.loss_options = _checked(type(self).__name__, loss_options)
         # In a tuple, so that the model does not become a part of its loss.
-        self._source: tuple[nn.Module | list[tuple[str, Tensor]]]
-        self._source = (parameters if isinstance(parameters, nn.Module) else list(parameters),)
+        self._source = (_named(parameters),)
         if not self.regularized():
             raise ValueError("parameters: got none without 'bias' in its name, needs at least one")
 
@@ -64,6 +87,8 @@ class TRTLoss(nn.Module):
         return [p for name, p in named if "bias" not in name]
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if isinstance(logits, Tensor) and logits.ndim == 3 and not logits.shape[self.time_dim]:
+            raise ValueError("logits: got no timestep, needs at least one for the regularizer")
         loss = temporal_loss(
             logits, target, mse_ratio=self.mse_ratio, time_dim=self.time_dim, **self.loss_options
         )
@@ -105,7 +130,7 @@ class TETLoss(nn.Module):
         self.mean = checks.finite("mean", mean)
         self.weight = checks.fraction("weight", weight)
         self.time_dim = checks.dimension("time_dim", time_dim, 3)
-        self.loss_options = loss_options
+        self.loss_options = _checked(type(self).__name__, loss_options)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return mixed_loss(

@@ -51,7 +51,10 @@ class LIF(nn.Module):
         settings = {**_DEFAULTS, **lif_options}
         # Everything but the tensors is checked here, for any backend and number of dimensions.
         ordered = tuple(settings[name] for name in LIF_SETTINGS)
-        make_lif_options(ordered, "", 0.0, 0.0, "reference", _MOST_DIMENSIONS)
+        make_lif_options(ordered, "", 0.0, 0.0, "reference", _MOST_DIMENSIONS, torch.float64)
+        penalty = settings["penalty"]
+        if penalty is not None and not isinstance(penalty, MembranePenalty):
+            raise TypeError(f"penalty: got {type(penalty).__name__}, needs a MembranePenalty")
         if settings["backend"] is not None:
             check_backend_name(settings["backend"])
         self.lif_options = lif_options

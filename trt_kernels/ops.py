@@ -16,19 +16,19 @@ from torch import Tensor
 
 from . import backends
 from .backends import native
-from .checks import state_dtype
+from .checks import choice, state_dtype
 from .options import LIFOptions, LossOptions, PenaltyOptions
 
 # --- Backend choice. A module global: a ContextVar breaks fullgraph tracing, and a thread-local
 # would be unseen by the thread of the backward pass.
-default_backend = os.environ.get("TRT_KERNELS_BACKEND", "auto")
 
 
-def check_backend_name(backend: Any) -> str:
-    if backend not in (*backends.NAMES, "auto"):
-        allowed = ", ".join(map(repr, (*backends.NAMES, "auto")))
-        raise ValueError(f"backend: got {backend!r}, needs one of {allowed}")
-    return str(backend)
+def check_backend_name(backend: Any, argument: str = "backend") -> str:
+    return choice(argument, backend, (*backends.NAMES, "auto"))
+
+
+_VARIABLE = "TRT_KERNELS_BACKEND"
+default_backend = check_backend_name(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
 
 
 @contextmanager
@@ -52,13 +52,14 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def choose_backend(operator: str, backend: str | None, device: torch.device) -> str:
     """The backend that serves `operator` on `device`, or an error that says why none does."""
+    if backend is not None:
+        check_backend_name(backend)
     resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve
     return resolve(operator, default_backend if backend is None else backend, device)
 
 
 @lru_cache(maxsize=256)
 def _resolve(operator: str, name: str, device: torch.device) -> str:
-    check_backend_name(name)
     if name == "auto":
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(
@@ -78,13 +79,17 @@ def _resolve(operator: str, name: str, device: torch.device) -> str:
 _KERNELS: dict[str, ModuleType] = {"cpu": native, "cuda": native}
 
 
-def is_plain(x: Tensor) -> bool:
-    """True for an ordinary tensor in ordinary eager execution."""
-    return (
-        not torch.compiler.is_compiling()
-        and (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-    )
+def is_plain(*tensors: Tensor | None) -> bool:
+    """True for ordinary tensors, whose memory holds their values, in ordinary eager execution."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        ordinary = t.__class__ is Tensor or t.__class__ is torch.nn.Parameter
+        if not ordinary or t.is_neg() or t._is_zerotensor():
+            return False
+    return True
 
 
 # --- Schemas.
@@ -138,7 +143,7 @@ def lif_forward(
     x: Tensor, v_init: Tensor | None, weight: Tensor | None, options: LIFOptions
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Spikes, state, potential and regularizer; what `options` does not ask for is None."""
-    if is_plain(x):
+    if is_plain(x, v_init, weight):
         outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
         outputs = _KERNELS[options.backend].lif_forward(x, v_init, weight, options)
         return outputs
@@ -180,7 +185,7 @@ def lif_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of v_init (None unless needed) from those of spikes, state, potential and
     penalty; a None among them is zero."""
-    if is_plain(x):
+    if is_plain(x, v_init, weight, *grads):
         results: tuple[Tensor, Tensor | None]
         results = _KERNELS[options.backend].lif_backward(
             x, v_init, weight, grads, needs_v_init, options
@@ -214,7 +219,7 @@ _register("lif_backward", _run_lif_backward, _fake_lif_backward)
 # --- trt_penalty
 def trt_penalty_forward(params: Sequence[Tensor], options: PenaltyOptions) -> Tensor:
     """R, a scalar of the sum's dtype."""
-    if is_plain(params[0]):
+    if is_plain(*params):
         value: Tensor = _KERNELS[options.backend].trt_penalty_forward(params, options)
     else:
         value = _registered.trt_penalty_forward(params, *options)
@@ -225,7 +230,7 @@ def trt_penalty_backward(
     grad: Tensor, params: Sequence[Tensor], options: PenaltyOptions
 ) -> list[Tensor]:
     """grad · ∂R/∂w for every parameter."""
-    if is_plain(params[0]):
+    if is_plain(grad, *params):
         grads: list[Tensor] = _KERNELS[options.backend].trt_penalty_backward(grad, params, options)
     else:
         grads = _registered.trt_penalty_backward(grad, params, *options)
@@ -236,7 +241,7 @@ def trt_penalty_accumulate(
     params: Sequence[Tensor], grads: Sequence[Tensor], scale: float, options: PenaltyOptions
 ) -> None:
     """Adds scale · ∂R/∂w to `grads` in place."""
-    if is_plain(params[0]):
+    if is_plain(*params, *grads):
         _KERNELS[options.backend].trt_penalty_accumulate(params, grads, scale, options)
     else:
         _registered.trt_penalty_accumulate(params, grads, scale, *options)
@@ -282,7 +287,7 @@ def temporal_loss_forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss, a scalar of the sum's dtype, and log Σ exp of every row [T, B]."""
     tensors = (logits, target, class_weight)
-    if is_plain(logits):
+    if is_plain(*tensors):
         outputs: tuple[Tensor, Tensor]
         outputs = _KERNELS[options.backend].temporal_loss_forward(*tensors, options)
     else:
@@ -300,7 +305,7 @@ def temporal_loss_backward(
 ) -> Tensor:
     """grad · ∂L/∂logits."""
     tensors = (grad, logits, target, class_weight, normalizer)
-    if is_plain(logits):
+    if is_plain(*tensors):
         result: Tensor = _KERNELS[options.backend].temporal_loss_backward(*tensors, options)
     else:
         result = _registered.temporal_loss_backward(*tensors, *options)

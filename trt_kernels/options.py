@@ -1,13 +1,13 @@
 """The settings of `lif` and `temporal_loss`, checked once and passed down as plain values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .surrogates import Surrogate
+from .surrogates import WITH_KERNELS
 
 RESETS = ("hard", "soft", "none")
 CHARGES = ("decay", "divide")
@@ -100,7 +100,10 @@ class MembranePenalty:
         self.delta = checks.non_negative("delta", delta)
         self.eps = checks.non_negative("eps", eps)
         if not isinstance(weight, Tensor):
-            weight = torch.tensor([checks.finite("weight", w) for w in weight])
+            if not isinstance(weight, Iterable):
+                raise TypeError(f"weight: got {weight!r}, needs a tensor or a sequence of floats")
+            values = [checks.finite("weight", w) for w in weight]
+            weight = torch.tensor(values, dtype=torch.float64, device="cpu")
         checks.tensor("weight", weight)
         if weight.ndim != 1:
             raise ValueError(f"weight: got shape {tuple(weight.shape)}, needs [T]")
@@ -119,7 +122,13 @@ class MembranePenalty:
 
 
 def make_lif_options(
-    settings: tuple[Any, ...], phi: str, delta: float, eps: float, backend: str, ndim: int
+    settings: tuple[Any, ...],
+    phi: str,
+    delta: float,
+    eps: float,
+    backend: str,
+    ndim: int,
+    dtype: torch.dtype,
 ) -> LIFOptions:
     """Checks the options of `lif` for an x of `ndim` dimensions on a resolved backend."""
     (
@@ -150,11 +159,11 @@ def make_lif_options(
     if memory == "bits":
         raise NotImplementedError("memory: 'bits' is not part of this version; use 'recompute'")
     checks.choice("memory", memory, MEMORIES)
-    decay = checks.finite("decay", decay)
+    decay = checks.neuron_parameter("decay", decay, dtype)
     charge = checks.choice("charge", charge, CHARGES)
     if charge == "divide" and decay == 0:
         raise ValueError("decay: got 0, but charge 'divide' divides by tau = 1 / decay")
-    if isinstance(surrogate, Surrogate):
+    if type(surrogate) in WITH_KERNELS:
         name, parameter = surrogate.name, surrogate.parameter
     elif callable(surrogate) and not isinstance(surrogate, type):
         if backend != "reference":
@@ -171,8 +180,8 @@ def make_lif_options(
     return LIFOptions(
         time_dim=checks.dimension("time_dim", time_dim, ndim),
         decay=decay,
-        threshold=checks.finite("threshold", threshold),
-        v_reset=checks.finite("v_reset", v_reset),
+        threshold=checks.neuron_parameter("threshold", threshold, dtype),
+        v_reset=checks.neuron_parameter("v_reset", v_reset, dtype),
         reset=checks.choice("reset", reset, RESETS),
         detach_reset=checks.boolean("detach_reset", detach_reset),
         surrogate=name,

@@ -14,18 +14,26 @@ from torch import Tensor
 
 from . import checks
 
+# Beyond these a square of the parameter leaves the range of float32.
+SMALLEST, LARGEST = 1e-15, 1e15
+
 
 @dataclass(frozen=True)
 class Surrogate:
     """A surrogate that every backend knows. Calling it gives σ'(u), shape and dtype of `u`."""
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "custom"
 
     def __post_init__(self) -> None:
+        if type(self) is Surrogate:
+            raise TypeError("Surrogate is a base class: make a Triangle, Sigmoid, ATan, ...")
         for field in fields(self):
             value = checks.finite(field.name, getattr(self, field.name))
-            if value <= 0:
-                raise ValueError(f"{field.name}: got {value}, needs a number > 0")
+            if not SMALLEST <= value <= LARGEST:
+                raise ValueError(
+                    f"{field.name}: got {value}, needs a number > 0, "
+                    f"from {SMALLEST:g} to {LARGEST:g}"
+                )
             object.__setattr__(self, field.name, value)
 
     @property
@@ -92,3 +100,7 @@ class FastSigmoid(Surrogate):
 
     def __call__(self, u: Tensor) -> Tensor:
         return 1 / (1 + self.slope * u.abs()) ** 2
+
+
+# Those that every backend knows; a class derived from one of them is the user's own.
+WITH_KERNELS = (Triangle, Sigmoid, ATan, Rectangle, FastSigmoid)

@@ -44,7 +44,8 @@ class Blocks {
         count_(across_ * ceil_div(shape.outer, outers_)) {}
 
   Index count() const { return count_; }
-  Index width() const { return outers_ * inners_; }  // most columns of a block
+  // Most columns of a block.
+  Index width() const { return std::min(outers_, shape_.outer) * inners_; }
   Index granules() const { return granules_across_ * ceil_div(shape_.outer, granule_outers_); }
 
   Block operator[](Index block) const {

@@ -30,6 +30,9 @@ void parallel_for(std::int64_t blocks, int threads, Function&& f) {
 
 constexpr std::size_t kCacheLine = 64;
 
+// What a thread keeps of its scratch memory at most, in bytes: ample for anything but huge T.
+constexpr std::size_t kMostHeld = 64 * 1024 * 1024;
+
 // One aligned buffer of `count` elements for each thread, kept from call to call by the calling
 // thread: taking it fresh would cost a page fault every 4 KB.
 template <class F>
@@ -47,6 +50,14 @@ class Scratch {
     const auto address = reinterpret_cast<std::uintptr_t>(held().memory.get());
     base_ = held().memory.get() + (kCacheLine - address % kCacheLine) % kCacheLine;
   }
+  ~Scratch() {
+    if (held().size <= kMostHeld) return;
+    held().memory.reset();
+    held().size = 0;
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
   F* of(int thread) const { return reinterpret_cast<F*>(base_ + stride_ * thread); }
 
  private:

@@ -64,6 +64,16 @@ struct Terms {
   }
 };
 
+// The terms in both state types, made before the threads start.
+struct AllTerms {
+  Terms<float> single;
+  Terms<double> twice;
+
+  explicit AllTerms(const PenaltySettings& settings) : single(settings), twice(settings) {}
+  const Terms<float>& of(float) const { return single; }
+  const Terms<double>& of(double) const { return twice; }
+};
+
 // Adds the kCount terms from t on to `sum`: those of the value over w^2, or of the gradient over w.
 template <bool kGradient, int kCount, class F>
 void add_group(Index n, const F* __restrict__ a, const Terms<F>& terms, std::size_t t,
@@ -140,9 +150,9 @@ const F* load_block(const Storage* from, Index n, F* buffer) {
 }
 
 template <class Storage>
-double value_of(const PenaltySettings& settings, const Chunk& chunk) {
+double value_of(const AllTerms& all, const Chunk& chunk) {
   using F = State<Storage>;
-  const Terms<F> terms(settings);
+  const Terms<F>& terms = all.of(F());
   const Storage* weight = static_cast<const Storage*>(chunk.tensor->weight);
   F w_buffer[kBlock], a[kBlock], sum[kBlock];
   double total = 0;
@@ -158,10 +168,10 @@ double value_of(const PenaltySettings& settings, const Chunk& chunk) {
 }
 
 template <class Storage>
-void write_gradient(const PenaltySettings& settings, const Chunk& chunk, double upstream) {
+void write_gradient(const AllTerms& all, const Chunk& chunk, double factor) {
   using F = State<Storage>;
-  const Terms<F> terms(settings);
-  const F scale = static_cast<F>(settings.scale * upstream);
+  const Terms<F>& terms = all.of(F());
+  const F scale = static_cast<F>(factor);
   const Storage* weight = static_cast<const Storage*>(chunk.tensor->weight);
   Storage* grad = static_cast<Storage*>(chunk.tensor->grad);
   F w_buffer[kBlock], a[kBlock], sum[kBlock];
@@ -190,11 +200,12 @@ int useful_threads(const std::vector<Chunk>& chunks, int threads) {
 double penalty_value(const PenaltySettings& settings, const std::vector<PenaltyTensor>& tensors,
                      int threads) {
   const std::vector<Chunk> chunks = make_chunks(tensors);
+  const AllTerms terms(settings);
   std::vector<double> partial(chunks.size());
   parallel_for(static_cast<Index>(chunks.size()), useful_threads(chunks, threads),
                [&](Index index, int) {
                  visit_dtype(chunks[index].tensor->dtype, [&](auto storage) {
-                   partial[index] = value_of<decltype(storage)>(settings, chunks[index]);
+                   partial[index] = value_of<decltype(storage)>(terms, chunks[index]);
                  });
                });
   double total = 0;
@@ -205,12 +216,13 @@ double penalty_value(const PenaltySettings& settings, const std::vector<PenaltyT
 void penalty_gradient(const PenaltySettings& settings, const std::vector<PenaltyTensor>& tensors,
                       double upstream, int threads) {
   const std::vector<Chunk> chunks = make_chunks(tensors);
-  parallel_for(static_cast<Index>(chunks.size()), useful_threads(chunks, threads),
-               [&](Index index, int) {
-                 visit_dtype(chunks[index].tensor->dtype, [&](auto storage) {
-                   write_gradient<decltype(storage)>(settings, chunks[index], upstream);
-                 });
-               });
+  const AllTerms terms(settings);
+  parallel_for(
+      static_cast<Index>(chunks.size()), useful_threads(chunks, threads), [&](Index index, int) {
+        visit_dtype(chunks[index].tensor->dtype, [&](auto storage) {
+          write_gradient<decltype(storage)>(terms, chunks[index], settings.scale * upstream);
+        });
+      });
 }
 
 }  // namespace TRT_ISA

@@ -135,7 +135,8 @@ TRT_HD float exp2_nonpositive(float z) {
   p = fast_multiply_add(p, r, 1.00000007f);
   const std::uint32_t power = bit_cast<std::uint32_t>(shifted) << 23;  // n in the exponent's place
   const float result = bit_cast<float>(bit_cast<std::uint32_t>(p) + power);
-  return z < -126.0f ? 0.0f : result;
+  const float kept = z == z ? result : z;  // the bits of a NaN went into the exponent
+  return z < -126.0f ? 0.0f : kept;
 #endif
 }
 TRT_HD double exp2_nonpositive(double z) { return std::exp2(z); }

@@ -142,7 +142,7 @@ def lif_forward(
         penalty = x.new_empty((), dtype=state_dtype(x.dtype))
     if v_init is not None:
         v_init = in_layout_of(empty_state(x, time_dim), v_init)
-    arguments = (
+    arguments = (  # addresses written out: a function for them costs a small call a microsecond
         *sequence(x, time_dim),
         x.data_ptr(),
         0 if v_init is None else v_init.data_ptr(),
@@ -203,19 +203,18 @@ def lif_backward(
     return grad_x, grad_v_init
 
 
+LARGEST_EXPONENT = math.log(2.0**60)
+
+
 @lru_cache(maxsize=64)
 def penalty_handle(options: PenaltyOptions) -> Any:
-    growth = [expm1_or_inf(options.delta * t) for t in range(options.steps)]
-    # A term divided by 2^60 or more is nothing; left out, it can neither overflow nor cost time.
-    growth = [c for c in growth if c <= 2.0**60]
+    growth = []
+    for t in range(options.steps):
+        # A term divided by more is nothing; left out, it can neither overflow nor cost time.
+        if options.delta * t > LARGEST_EXPONENT:
+            break
+        growth.append(math.expm1(options.delta * t))
     return _C.Penalty(growth=growth, scale=options.weight / options.steps, eps=options.eps)
-
-
-def expm1_or_inf(value: float) -> float:
-    try:
-        return math.expm1(value)
-    except OverflowError:
-        return math.inf
 
 
 def sum_dtype(params: Sequence[Tensor]) -> torch.dtype:
@@ -255,16 +254,18 @@ def trt_penalty_accumulate(
     rows, later = [], []
     for p, g in zip(params, grads, strict=True):
         target = g
-        if not is_dense(p) or p.stride() != g.stride():
-            p, target = dense(p), torch.zeros_like(dense(p))
+        if g.dtype != p.dtype or not is_dense(p) or p.stride() != g.stride():
+            p = dense(p.to(torch.promote_types(p.dtype, g.dtype)))
+            target = torch.zeros_like(p)
             later.append((g, target))
         rows.append((DTYPES[p.dtype], p.numel(), p.data_ptr(), target.data_ptr(), True))
-    upstream = torch.tensor(scale, dtype=torch.float64)
+    upstream = torch.tensor(scale, dtype=torch.float64, device="cpu")
     penalty_handle(options).cpu_gradient(
         rows, DTYPES[upstream.dtype], upstream.data_ptr(), torch.get_num_threads()
     )
     for g, target in later:
         g.add_(target)
+    torch.autograd.graph.increment_version(grads)
 
 
 def loss_arguments(

@@ -78,7 +78,7 @@ def lif(
     v = x.new_zeros(shape, dtype=dtype) if v_init is None else v_init
     penalty = None if weight is None else x.new_zeros((), dtype=dtype)
     if x.numel() == 0:
-        return x * 0, v, x.to(dtype) * 0, penalty
+        return x * 0, v.clone(), x.to(dtype) * 0, penalty
     # A tensor: some devices divide by a Python number as a product with its reciprocal.
     tau = torch.full((), 1 / (options.decay or 1), dtype=dtype, device=x.device)
     spikes, potentials = [], []
