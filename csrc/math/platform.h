@@ -117,14 +117,14 @@ TRT_HD float fast_multiply_add(float a, float b, float c) {
 
 TRT_HD double fast_multiply_add(double a, double b, double c) { return a * b + c; }
 
-// 2^z for z <= 0, relative error below 2.5e-7. NaN stays NaN, and what underflows is 0 or
-// nearly so.
+// 2^z for z <= 0, relative error below 2.5e-7. NaN stays NaN, and what underflows is 0 (on the
+// host) or nearly so.
 TRT_HD float exp2_nonpositive(float z) {
 #ifdef __CUDA_ARCH__
   return exp2f(z);
 #else
   // z = n + r; the minimax polynomial of degree 5 is within 7.5e-8 of 2^r.
-  const float clamped = -126.0f > z ? -126.0f : z;
+  const float clamped = -127.0f > z ? -127.0f : z;
   const float shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const float r = clamped - (shifted - 12582912.0f);
   float p = 0.00132764691f;
@@ -133,10 +133,9 @@ TRT_HD float exp2_nonpositive(float z) {
   p = fast_multiply_add(p, r, 0.240221197f);
   p = fast_multiply_add(p, r, 0.693146967f);
   p = fast_multiply_add(p, r, 1.00000007f);
-  const std::uint32_t power = bit_cast<std::uint32_t>(shifted) << 23;  // n in the exponent's place
-  const float result = bit_cast<float>(bit_cast<std::uint32_t>(p) + power);
-  const float kept = z == z ? result : z;  // the bits of a NaN went into the exponent
-  return z < -126.0f ? 0.0f : kept;
+  // n in the exponent's place, which makes 0 of n = -127; a product, so that a NaN in p stays.
+  const std::uint32_t power = (bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u;
+  return p * bit_cast<float>(power);
 #endif
 }
 TRT_HD double exp2_nonpositive(double z) { return std::exp2(z); }
