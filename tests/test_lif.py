@@ -219,7 +219,7 @@ def test_kernel_writes_between_sentinels():
 
     tk.functional._checked.clear()
     tk.lif(torch.zeros(1, 1))
-    (options,) = tk.functional._checked.values()
+    ((options, _),) = tk.functional._checked.values()
     for columns, offset in itertools.product((1, 7, 33, 129, 300), (1, 3)):
         x, g = torch.randn(6, columns), torch.randn(6, columns)
         buffer = torch.full((6 * columns + 64,), 7.0)
@@ -388,6 +388,26 @@ def test_keeps_one_tensor_like_x(dtype):
         tk.lif(x, penalty=tk.MembranePenalty("square", torch.ones(6)), return_state=True)
     big = [t for t in kept if t is not None and t.numel() > 6]
     assert [t.data_ptr() for t in big] == [x.data_ptr()]
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        tk.lif(x)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+
+
+def test_the_short_way_gives_the_same(level):
+    """Spikes alone of a contiguous tensor take a shorter path: both paths, bit for bit."""
+    for dtype, time_dim, reset in itertools.product(DTYPES, (0, 1, 2), RESETS):
+        x = torch.randn(3, 5, 41).to(dtype).requires_grad_()
+        options = {"time_dim": time_dim, "reset": reset, "surrogate": tk.ATan()}
+        short = tk.lif(x, **options)
+        long = tk.lif(x, return_state=True, **options).spikes
+        assert type(short.grad_fn).__name__ == "LIFSpikesBackward"
+        assert type(long.grad_fn).__name__ == "LIFFunctionBackward"
+        assert torch.equal(short, long)
+        grad = torch.randn(3, 5, 41).to(dtype)
+        for g in (grad, grad.transpose(0, 1).contiguous().transpose(0, 1), torch._neg_view(grad)):
+            a, b = (torch.autograd.grad(out, x, g, retain_graph=True)[0] for out in (short, long))
+            assert torch.equal(a, b)
 
 
 def test_changing_x_in_place_is_caught():

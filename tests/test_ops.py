@@ -164,10 +164,10 @@ def test_use_backend():
         assert "LIF" not in type(tk.lif(x).grad_fn).__name__
         with tk.use_backend("cpu"):
             out = tk.lif(x)
-            assert type(out.grad_fn).__name__ == "LIFFunctionBackward"
+            assert type(out.grad_fn).__name__ == "LIFSpikesBackward"
         assert "LIF" not in type(tk.lif(x).grad_fn).__name__
         out.sum().backward()  # runs where its forward ran
-    assert type(tk.lif(x).grad_fn).__name__ == "LIFFunctionBackward"
+    assert type(tk.lif(x).grad_fn).__name__ == "LIFSpikesBackward"
     with pytest.raises(RuntimeError), tk.use_backend("cuda"):
         tk.lif(x)
     assert ops.default_backend == "auto"

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import ops
+from .backends.native import PlainLIF
 from .checks import single_backward
 from .options import LIFOptions, LossOptions, PenaltyOptions
 
@@ -58,6 +59,26 @@ class LIFFunction(Function):
         needs_v_init = len(needs) > 2 and needs[2]
         grad_x, grad_v_init = ops.lif_backward(x, v_init, weight, grads, needs_v_init, options)
         return (grad_x if needs[0] else None, None, grad_v_init, None)[: len(needs)]
+
+
+class LIFSpikes(Function):
+    """`LIFFunction` of a plain contiguous tensor into spikes alone, by the short way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plain: PlainLIF) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.plain = plain
+        return plain.forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            single_backward("lif")
+        (x,) = ctx.saved_tensors
+        if x.is_contiguous() and grad.is_contiguous() and ops.is_plain(x, grad):
+            return ctx.plain.backward(x, grad), None
+        grads = (grad, None, None, None)
+        return ops.lif_backward(x, None, None, grads, False, ctx.plain.options)[0], None
 
 
 class TRTPenaltyFunction(Function):

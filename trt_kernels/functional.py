@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .autograd import LIFFunction, TemporalLossFunction, TRTPenaltyFunction
+from .autograd import LIFFunction, LIFSpikes, TemporalLossFunction, TRTPenaltyFunction
 from .backends import reference
+from .backends.native import PlainLIF
 from .ops import choose_backend, trt_penalty_accumulate
 from .options import (
     LIFOptions,
@@ -31,7 +32,7 @@ class LIFOutput(NamedTuple):
 
 
 # Checked calls of `lif` by everything but their values: the checks cost more than a small kernel.
-_checked: dict[tuple[Any, ...], LIFOptions] = {}
+_checked: dict[tuple[Any, ...], tuple[LIFOptions, PlainLIF | None]] = {}
 _MOST_CHECKED = 4096
 
 
@@ -162,14 +163,17 @@ def lif(
         try:
             known = _checked.get(key)
         except TypeError:  # something unhashable: the check names it
+            known = _check_lif(x, penalty, backend, settings), None
+        if known is None:
             options = _check_lif(x, penalty, backend, settings)
-        else:
-            options = known or _check_lif(x, penalty, backend, settings)
-            # A surrogate of the user's own is not kept alive.
-            if known is None and options.surrogate != "custom":
+            known = options, ops.plain_lif(options, x.dtype)
+            if options.surrogate != "custom":  # one of the user's own is not kept alive
                 if len(_checked) >= _MOST_CHECKED:
                     _checked.clear()
-                _checked[key] = options
+                _checked[key] = known
+        options, short = known
+        if short is not None and v_init is None and x.is_contiguous() and ops.is_plain(x):
+            return LIFSpikes.apply(x, short)
     weight = None if penalty is None else _penalty_weight(penalty, x, options)
     if v_init is not None:
         _check_v_init(v_init, x, options)

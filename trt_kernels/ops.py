@@ -156,6 +156,13 @@ def lif_forward(
     )
 
 
+def plain_lif(options: LIFOptions, dtype: torch.dtype) -> native.PlainLIF | None:
+    """The short way for plain contiguous tensors, where these options have one."""
+    if options.backend != "cpu" or options.return_state or options.return_potential or options.phi:
+        return None
+    return native.PlainLIF(options, dtype)
+
+
 def _run_lif_forward(
     x: Tensor, v_init: Tensor | None, weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:

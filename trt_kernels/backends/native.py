@@ -160,6 +160,32 @@ def lif_forward(
     return spikes, state, potential, penalty
 
 
+class PlainLIF:
+    """`lif` of a contiguous CPU tensor into spikes alone, bound once for its options and dtype.
+
+    The same kernels as `lif_forward` and `lif_backward`, which decide all of this at every call: on
+    a small tensor that costs as much as the rest.
+    """
+
+    def __init__(self, options: LIFOptions, dtype: torch.dtype) -> None:
+        handle = lif_handle(options)
+        self.options = options
+        self._run_forward, self._run_backward = handle.cpu_forward, handle.cpu_backward
+        self._dtype, self._time_dim = DTYPES[dtype], options.time_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = torch.empty_like(x)
+        tensors = (x.data_ptr(), 0, 0, spikes.data_ptr(), 0, 0, 0)
+        self._run_forward(self._dtype, x.shape, self._time_dim, *tensors, torch.get_num_threads())
+        return spikes
+
+    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        grad_x = torch.empty_like(x)
+        tensors = (x.data_ptr(), 0, 0, grad.data_ptr(), 0, 0, 0, grad_x.data_ptr(), 0)
+        self._run_backward(self._dtype, x.shape, self._time_dim, *tensors, torch.get_num_threads())
+        return grad_x
+
+
 def lif_backward(
     x: Tensor,
     v_init: Tensor | None,
