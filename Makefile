@@ -14,12 +14,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/requirements: requirements-dev.txt requirements-peers.txt | $(VENV)/bin/python
-	$(BIN)/pip install -r requirements-dev.txt
-	$(BIN)/pip install --no-deps -r requirements-peers.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q --no-deps -r requirements-peers.txt
 	touch $@
 
 $(VENV)/installed: $(VENV)/requirements $(SOURCES)
-	$(BIN)/pip install -e .
+	$(BIN)/pip install -q -e .
 	touch $@
 
 test: install

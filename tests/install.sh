@@ -39,6 +39,9 @@ use twice
 
 echo "== pip install -e . --no-build-isolation"
 cd "$root" && environment editable && cd "$work/tree"
+# Without isolation the build tools are the user's: cmake and ninja come from .venv, and an old
+# setuptools would need the package wheel.
+"$work/editable/bin/pip" install -q "setuptools>=70.1"
 TRT_KERNELS_CUDA=0 PATH="$root/.venv/bin:$PATH" \
   "$work/editable/bin/pip" install --no-deps --no-build-isolation -q -e .
 use editable
