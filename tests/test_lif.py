@@ -557,6 +557,24 @@ def test_bad_input(x, options, error, message):
             tk.lif(x, **options)
 
 
+def test_penalty_changed_after_it_was_made():
+    penalty = tk.MembranePenalty("square", [1.0] * 4)
+    penalty.weight = penalty.weight.to("meta")
+    with pytest.raises(ValueError, match="penalty: got a tensor on meta, needs x's device cpu"):
+        tk.lif(X, penalty=penalty)
+    penalty = tk.MembranePenalty("square", torch.ones(4))
+    penalty.weight.requires_grad_()
+    with pytest.raises(ValueError, match="penalty: its weight requires grad"):
+        tk.lif(X, penalty=penalty)
+
+
+def test_remembered_calls_are_bounded(monkeypatch):
+    monkeypatch.setattr(tk.functional, "_MOST_CHECKED", 5)
+    for threshold in range(1, 20):
+        tk.lif(X, threshold=threshold)
+        assert len(tk.functional._checked) <= 5
+
+
 @pytest.mark.parametrize(
     "arguments,error,message",
     [

@@ -115,6 +115,11 @@ def test_op_and_direct_call_agree():
             assert torch.equal(a, b) if a is not None else b.numel() == 0
 
 
+def test_the_op_refuses_a_weight_without_phi():
+    with pytest.raises(ValueError, match="a penalty's weight needs a phi"):
+        torch.ops.trt_kernels.lif_forward(torch.zeros(4, 6), None, torch.ones(4), *LIF)
+
+
 def test_fake_tensors_go_through_the_op():
     with FakeTensorMode():
         out = tk.lif(torch.empty(4, 6, dtype=torch.half), return_state=True)
