@@ -1,7 +1,9 @@
 // What kernels on every device make of their plain arguments.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "math/neuron.h"
 #include "ops.h"
@@ -26,9 +28,10 @@ void visit_dtype(DType dtype, Function&& f) {
 
 template <class F>
 Neuron<F> make_neuron(const LIFSettings& settings) {
-  return {static_cast<F>(settings.decay), static_cast<F>(settings.tau),
-          static_cast<F>(settings.threshold), static_cast<F>(settings.v_reset),
-          settings.fire_at_threshold};
+  const F threshold = static_cast<F>(settings.threshold);
+  const F before = std::nextafter(threshold, -std::numeric_limits<F>::infinity());
+  return {static_cast<F>(settings.decay), static_cast<F>(settings.tau), threshold,
+          static_cast<F>(settings.v_reset), settings.fire_at_threshold ? before : threshold};
 }
 
 // dv/dh of the step before: what the charge passes back.

@@ -4,6 +4,10 @@
 
 #include "ops.h"
 
+#ifndef TRT_KERNELS_MODULE
+#define TRT_KERNELS_MODULE _C
+#endif
+
 namespace py = pybind11;
 using namespace pybind11::literals;
 
@@ -62,15 +66,19 @@ void check_phi(const trt::LIFSettings& settings, Address weight) {
 
 trt::LIFForward forward_arguments(const trt::LIFShape& shape, Address x, Address v_init,
                                   Address weight, Address spikes, Address potential, Address state,
-                                  Address penalty) {
-  return {shape,           pointer(x),         pointer(v_init), pointer(weight),
-          pointer(spikes), pointer(potential), pointer(state),  pointer(penalty)};
+                                  Address penalty, Address checkpoints = 0,
+                                  int checkpoint_every = 0) {
+  return {shape,           pointer(x),       pointer(v_init),
+          pointer(weight), pointer(spikes),  pointer(potential),
+          pointer(state),  pointer(penalty), pointer(checkpoints),
+          checkpoint_every};
 }
 
 trt::LIFBackward backward_arguments(const trt::LIFShape& shape, Address x, Address v_init,
                                     Address weight, Address grad_spikes, Address grad_potential,
                                     Address grad_state, Address grad_penalty, Address grad_x,
-                                    Address grad_v_init) {
+                                    Address grad_v_init, Address checkpoints = 0,
+                                    int checkpoint_every = 0) {
   return {shape,
           pointer(x),
           pointer(v_init),
@@ -80,7 +88,9 @@ trt::LIFBackward backward_arguments(const trt::LIFShape& shape, Address x, Addre
           pointer(grad_state),
           pointer(grad_penalty),
           pointer(grad_x),
-          pointer(grad_v_init)};
+          pointer(grad_v_init),
+          pointer(checkpoints),
+          checkpoint_every};
 }
 
 // (dtype, elements, address of the weight, address of the gradient or 0, accumulate)
@@ -95,10 +105,17 @@ std::vector<trt::PenaltyTensor> penalty_tensors(const std::vector<PenaltyRow>& r
 }
 
 trt::LossTensors loss_tensors(Address logits, Address target, Address probabilities,
-                              Address class_weight, Address log_normalizer) {
-  return {pointer(logits), pointer<const std::int64_t>(target), pointer(probabilities),
-          pointer(class_weight), pointer(log_normalizer)};
+                              Address class_weight, Address log_normalizer, Address divisors = 0) {
+  return {pointer(logits),         pointer<const std::int64_t>(target),
+          pointer(probabilities),  pointer(class_weight),
+          pointer(log_normalizer), pointer(divisors)};
 }
+
+#ifdef TRT_KERNELS_CUDA
+trt::cuda::Queue queue(Address workspace, int device, Address stream) {
+  return {pointer(workspace), device, pointer(stream)};
+}
+#endif
 
 py::dict build_info() {
   py::dict info;
@@ -122,17 +139,17 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
+PYBIND11_MODULE(TRT_KERNELS_MODULE, module, py::mod_gil_not_used()) {
   module.doc() = "Compiled kernels of trt_kernels. Private: use the functions of trt_kernels.";
   using release = py::call_guard<py::gil_scoped_release>;
 
-  py::enum_<trt::DType>(module, "DType")
+  py::enum_<trt::DType>(module, "DType", py::module_local())
       .value("float32", trt::DType::float32)
       .value("float64", trt::DType::float64)
       .value("float16", trt::DType::float16)
       .value("bfloat16", trt::DType::bfloat16);
 
-  py::class_<trt::LIFSettings>(module, "LIF")
+  py::class_<trt::LIFSettings>(module, "LIF", py::module_local())
       .def(py::init(&make_lif), py::kw_only(), "charge"_a, "reset"_a, "surrogate"_a, "phi"_a,
            "decay"_a, "tau"_a, "threshold"_a, "v_reset"_a, "detach_reset"_a, "fire_at_threshold"_a,
            "surrogate_parameter"_a, "delta"_a, "eps"_a)
@@ -177,13 +194,14 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
           "cuda_forward",
           [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
              std::size_t time_dim, Address x, Address v_init, Address weight, Address spikes,
-             Address potential, Address state, Address penalty, Address workspace, int device,
-             Address stream) {
+             Address potential, Address state, Address penalty, Address checkpoints,
+             int checkpoint_every, Address workspace, int device, Address stream) {
             check_phi(self, weight);
-            trt::cuda::lif_forward(self,
-                                   forward_arguments(make_shape(dtype, sizes, time_dim), x, v_init,
-                                                     weight, spikes, potential, state, penalty),
-                                   pointer(workspace), device, pointer(stream));
+            trt::cuda::lif_forward(
+                self,
+                forward_arguments(make_shape(dtype, sizes, time_dim), x, v_init, weight, spikes,
+                                  potential, state, penalty, checkpoints, checkpoint_every),
+                queue(workspace, device, stream));
           },
           release())
       .def(
@@ -191,19 +209,20 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
           [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
              std::size_t time_dim, Address x, Address v_init, Address weight, Address grad_spikes,
              Address grad_potential, Address grad_state, Address grad_penalty, Address grad_x,
-             Address grad_v_init, Address workspace, int device, Address stream) {
+             Address grad_v_init, Address checkpoints, int checkpoint_every, Address workspace,
+             int device, Address stream) {
             trt::cuda::lif_backward(
                 self,
                 backward_arguments(make_shape(dtype, sizes, time_dim), x, v_init, weight,
                                    grad_spikes, grad_potential, grad_state, grad_penalty, grad_x,
-                                   grad_v_init),
-                pointer(workspace), device, pointer(stream));
+                                   grad_v_init, checkpoints, checkpoint_every),
+                queue(workspace, device, stream));
           },
           release())
 #endif
       ;
 
-  py::class_<trt::PenaltySettings>(module, "Penalty")
+  py::class_<trt::PenaltySettings>(module, "Penalty", py::module_local())
       .def(py::init([](std::vector<double> growth, double scale, double eps) {
              return trt::PenaltySettings{std::move(growth), scale, eps};
            }),
@@ -217,14 +236,37 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
           release())
       .def(
           "cpu_gradient",
-          [](const trt::PenaltySettings& self, const std::vector<PenaltyRow>& rows,
+          [](const trt::PenaltySettings& self, const std::vector<PenaltyRow>& rows, double scale,
              trt::DType dtype, Address upstream, int threads) {
-            trt::cpu::penalty_gradient(self, penalty_tensors(rows), read_scalar(dtype, upstream),
-                                       threads);
+            if (upstream) scale *= read_scalar(dtype, upstream);
+            trt::cpu::penalty_gradient(self, penalty_tensors(rows), scale, threads);
           },
-          release());
+          release())
+#ifdef TRT_KERNELS_CUDA
+      .def("cuda_workspace",
+           [](const trt::PenaltySettings& self, const std::vector<PenaltyRow>& rows) {
+             return trt::cuda::penalty_workspace(self, penalty_tensors(rows));
+           })
+      .def(
+          "cuda_value",
+          [](const trt::PenaltySettings& self, const std::vector<PenaltyRow>& rows,
+             trt::DType dtype, Address out, Address workspace, int device, Address stream) {
+            trt::cuda::penalty_value(self, penalty_tensors(rows), dtype, pointer(out),
+                                     queue(workspace, device, stream));
+          },
+          release())
+      .def(
+          "cuda_gradient",
+          [](const trt::PenaltySettings& self, const std::vector<PenaltyRow>& rows, double scale,
+             trt::DType dtype, Address upstream, Address workspace, int device, Address stream) {
+            trt::cuda::penalty_gradient(self, penalty_tensors(rows), scale, dtype,
+                                        pointer(upstream), queue(workspace, device, stream));
+          },
+          release())
+#endif
+      ;
 
-  py::class_<trt::LossSettings>(module, "Loss")
+  py::class_<trt::LossSettings>(module, "Loss", py::module_local())
       .def(py::init([](trt::DType dtype, std::int64_t steps, std::int64_t batch,
                        std::int64_t classes, std::int64_t step_stride, std::int64_t batch_stride,
                        double entropy_ratio, double square_ratio, std::optional<double> constant,
@@ -265,13 +307,42 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
                 self, loss_tensors(logits, target, probabilities, class_weight, log_normalizer),
                 read_scalar(self.dtype, upstream), pointer(grad), threads);
           },
-          release());
+          release())
+#ifdef TRT_KERNELS_CUDA
+      .def("cuda_workspace", &trt::cuda::loss_workspace)
+      .def(
+          "cuda_value",
+          [](const trt::LossSettings& self, Address logits, Address target, Address probabilities,
+             Address class_weight, Address log_normalizer, Address divisors, Address out,
+             Address workspace, int device, Address stream) {
+            trt::cuda::loss_value(
+                self,
+                loss_tensors(logits, target, probabilities, class_weight, log_normalizer, divisors),
+                pointer(out), queue(workspace, device, stream));
+          },
+          release())
+      .def(
+          "cuda_gradient",
+          [](const trt::LossSettings& self, Address logits, Address target, Address probabilities,
+             Address class_weight, Address log_normalizer, Address divisors, Address upstream,
+             Address grad, int device, Address stream) {
+            trt::cuda::loss_gradient(
+                self,
+                loss_tensors(logits, target, probabilities, class_weight, log_normalizer, divisors),
+                pointer(upstream), pointer(grad), queue(0, device, stream));
+          },
+          release())
+#endif
+      ;
 
   module.def("build_info", &build_info);
   module.def("cpu_levels", &trt::cpu::levels,
              "Instruction-set levels usable on this processor, best last.");
   module.def("cpu_level", &trt::cpu::level);
   module.def("set_cpu_level", &trt::cpu::set_level);
+#ifdef TRT_KERNELS_CUDA
+  module.def("cuda_why_not", &trt::cuda::why_not);
+#endif
   module.def("cuda_devices", [] {
     std::string reason = "compiled without CUDA";
     int count = 0;

@@ -31,7 +31,10 @@ struct LIFShape {
   std::int64_t neurons() const { return outer * inner; }
 };
 
-// Pointers that may be null: v_init, weight, potential, state, penalty.
+// Pointers that may be null: v_init, weight, potential, state, penalty, checkpoints. Checkpoints
+// are the potentials before every `checkpoint_every` steps but the first, which a GPU's backward
+// pass of a longer sequence starts from: [ceil(steps / checkpoint_every) - 1][outer][inner], state
+// type. The CPU neither writes nor reads them.
 struct LIFForward {
   LIFShape shape;
   const void* x;       // [outer, steps, inner], dtype
@@ -41,6 +44,8 @@ struct LIFForward {
   void* potential;     // [outer, steps, inner], state type
   void* state;         // [outer, inner], state type
   void* penalty;       // scalar, state type
+  void* checkpoints;
+  int checkpoint_every;
 };
 
 // Any incoming gradient may be null (zero), and grad_v_init where nobody asks for it.
@@ -55,6 +60,8 @@ struct LIFBackward {
   const void* grad_penalty;    // scalar, state type
   void* grad_x;                // like x
   void* grad_v_init;           // [outer, inner], state type
+  const void* checkpoints;
+  int checkpoint_every;
 };
 
 struct PenaltyTensor {
@@ -87,6 +94,7 @@ struct LossTensors {
   const void* probabilities;   // [batch, classes] in the sum's type, or null
   const void* class_weight;    // [classes] in the sum's type, or null
   void* log_normalizer;        // [steps, batch] in the sum's type: log sum exp of every row
+  void* divisors;              // [2] in the sum's type: of the two means; the CPU leaves it alone
 };
 
 namespace cpu {
@@ -110,14 +118,34 @@ void loss_gradient(const LossSettings&, const LossTensors&, double upstream, voi
 
 namespace cuda {
 
-// Numbers of devices and why there are none; workspace bytes are the caller's to allocate.
+// How many devices there are, and why there are none.
 int device_count(std::string* reason);
 std::string architectures();
+// Why this build cannot run on a device; empty if it can.
+std::string why_not(int device);
+
+// Where to launch: a device, a stream of it, and memory for partial results, which is the caller's
+// to allocate, of as many bytes as the operator's `workspace` says.
+struct Queue {
+  void* workspace;
+  int device;
+  void* stream;
+};
+
 std::int64_t lif_forward_workspace(const LIFSettings&, const LIFShape&);
 std::int64_t lif_backward_workspace(const LIFSettings&, const LIFShape&);
-void lif_forward(const LIFSettings&, const LIFForward&, void* workspace, int device, void* stream);
-void lif_backward(const LIFSettings&, const LIFBackward&, void* workspace, int device,
-                  void* stream);
+void lif_forward(const LIFSettings&, const LIFForward&, const Queue&);
+void lif_backward(const LIFSettings&, const LIFBackward&, const Queue&);
+// `out` and `upstream` are scalars of type `dtype` on the device; a null `upstream` is 1.
+std::int64_t penalty_workspace(const PenaltySettings&, const std::vector<PenaltyTensor>&);
+void penalty_value(const PenaltySettings&, const std::vector<PenaltyTensor>&, DType dtype,
+                   void* out, const Queue&);
+void penalty_gradient(const PenaltySettings&, const std::vector<PenaltyTensor>&, double scale,
+                      DType dtype, const void* upstream, const Queue&);
+std::int64_t loss_workspace(const LossSettings&);
+void loss_value(const LossSettings&, const LossTensors&, void* out, const Queue&);
+void loss_gradient(const LossSettings&, const LossTensors&, const void* upstream, void* grad,
+                   const Queue&);
 
 }  // namespace cuda
 }  // namespace trt

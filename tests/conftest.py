@@ -1,6 +1,9 @@
 """Fixtures that every test shares."""
 
+import importlib.util
 import os
+from functools import cache
+from pathlib import Path
 
 # Several test processes share the cores: threads that wait must not spin. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -8,6 +11,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter. Read when the kernels are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import trt_kernels as tk
+from trt_kernels import backends, ops
 from trt_kernels.backends import native
 
 LEVELS = native._C.cpu_levels()
@@ -26,13 +35,19 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=LEVELS)
-def level(request):
-    """Each instruction-set level of this processor in turn."""
+@pytest.fixture
+def level_setter():
+    """A function that sets the instruction-set level until the test ends."""
     before = native._C.cpu_level()
-    native._C.set_cpu_level(request.param)
-    yield request.param
+    yield native._C.set_cpu_level
     native._C.set_cpu_level(before)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, level_setter):
+    """Each instruction-set level of this processor in turn."""
+    level_setter(request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -41,3 +56,64 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+BUILT = Path(__file__).parents[1] / "build" / "on_host" / "tests" / "csrc"
+
+
+@cache
+def cuda_on_host():
+    """The bindings over the CUDA kernels compiled for the host (tests/csrc/CMakeLists.txt)."""
+    found = list(BUILT.glob("_cuda_on_host*"))
+    assert found, "the CUDA kernels are not built for the host: make on-host"
+    spec = importlib.util.spec_from_file_location("_cuda_on_host", found[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def forget_choices():
+    """Clears what was remembered about backends and compiled settings."""
+    for remembered in (native.lif_handle, native.penalty_handle, ops._resolve):
+        remembered.cache_clear()
+    tk.functional._checked.clear()
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """Lets the backend "cuda" serve CPU tensors, by its kernels' own source run on the host."""
+    module = cuda_on_host()
+    dtypes = {dtype: getattr(module.DType, value.name) for dtype, value in native.DTYPES.items()}
+    monkeypatch.setattr(native, "_C", module)
+    monkeypatch.setattr(native, "DTYPES", dtypes)
+    monkeypatch.setattr(native, "why_no_cuda", lambda device=None: None)
+    monkeypatch.setattr(native, "current_stream", lambda device: 0)
+    monkeypatch.setitem(backends.SERVES, "cuda", "cpu")
+    forget_choices()
+    yield
+    forget_choices()
+
+
+def serve(name, request):
+    """Makes a backend the default of this test, on CPU tensors."""
+    if name == "cuda":
+        request.getfixturevalue("on_host")
+    return tk.use_backend(name)
+
+
+@pytest.fixture(params=("cpu", "cuda", "triton"))
+def backend(request):
+    """Each backend with kernels, as the default: CUDA's run on the host, Triton's interpreted."""
+    with serve(request.param, request):
+        yield request.param
+
+
+@pytest.fixture(params=(*LEVELS, "cuda", "triton"))
+def kernels(request):
+    """Like `backend`, with the CPU's kernels at each instruction-set level."""
+    name = request.param
+    if name in LEVELS:
+        request.getfixturevalue("level_setter")(name)
+        name = "cpu"
+    with serve(name, request):
+        yield name

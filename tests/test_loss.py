@@ -1,4 +1,5 @@
-"""`temporal_loss`, `TRTLoss` and `TETLoss` against the reference and torch."""
+"""`temporal_loss` on every backend with kernels, `TRTLoss` and `TETLoss`, against the reference
+and torch."""
 
 import copy
 import itertools
@@ -36,12 +37,12 @@ def arguments(options, classes, batch=9, probabilities=False):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("probabilities", (False, True))
-def test_matches_reference(options, probabilities, level):
+def test_matches_reference(options, probabilities, kernels):
     for classes, dtype in itertools.product((2, 10, 33, 1000), (torch.float32, torch.float64)):
         target, chosen = arguments(options, classes, probabilities=probabilities)
         logits = (torch.randn(6, 9, classes) * 3).to(dtype).requires_grad_()
         results = []
-        for backend, time_dim in itertools.product(("reference", "cpu"), (0, 1)):
+        for backend, time_dim in itertools.product(("reference", kernels), (0, 1)):
             given = logits if time_dim == 0 else logits.transpose(0, 1)
             value = tk.temporal_loss(given, target, time_dim=time_dim, backend=backend, **chosen)
             results.append((value, torch.autograd.grad(value * 5, logits)[0]))
@@ -53,7 +54,7 @@ def test_matches_reference(options, probabilities, level):
             assert relative_error(other_grad, grad) < bound
 
 
-def test_is_torch_cross_entropy():
+def test_is_torch_cross_entropy(backend):
     logits, target = torch.randn(5, 8, 10), torch.randint(0, 10, (8,))
     expected = torch.stack([functional.cross_entropy(o, target) for o in logits]).mean()
     torch.testing.assert_close(tk.temporal_loss(logits, target), expected)
@@ -65,7 +66,7 @@ def test_is_torch_cross_entropy():
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_half_precision_gradients_survive_the_upstream_scale(dtype):
+def test_half_precision_gradients_survive_the_upstream_scale(dtype, backend):
     """Multiplied by 2^15 before rounding: a gradient rounded first would flush to zero."""
     logits = (torch.randn(4, 64, 100) * 4).to(dtype)
     target = torch.randint(0, 100, (64,))
@@ -79,14 +80,14 @@ def test_half_precision_gradients_survive_the_upstream_scale(dtype):
     assert relative_error(ours.grad, exact.grad) <= 1.05 * relative_error(rounded, exact.grad)
 
 
-def test_gradcheck():
+def test_gradcheck(backend):
     logits = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 4, 2, 2])
     options = {"mse_ratio": 0.3, "label_smoothing": 0.1}
     assert torch.autograd.gradcheck(lambda o: tk.temporal_loss(o, target, **options), logits)
 
 
-def test_extreme_logits():
+def test_extreme_logits(backend):
     logits = torch.tensor([[[1e4, -1e4, 0.0], [-float("inf"), 2.0, 1.0]]], requires_grad=True)
     value = tk.temporal_loss(logits, torch.tensor([1, 1]))
     (grad,) = torch.autograd.grad(value, logits)
@@ -97,14 +98,14 @@ def test_extreme_logits():
     assert tk.temporal_loss(nan, torch.tensor([1])).isnan()
 
 
-def test_all_rows_ignored_is_nan_as_in_torch():
+def test_all_rows_ignored_is_nan_as_in_torch(backend):
     logits = torch.randn(2, 3, 4)
     target = torch.full((3,), -100)
     assert tk.temporal_loss(logits, target).isnan()
     assert functional.cross_entropy(logits[0], target).isnan()
 
 
-def test_empty_batch_is_nan_as_in_torch():
+def test_empty_batch_is_nan_as_in_torch(backend):
     for shape in ((2, 0, 4), (0, 3, 4)):
         logits = torch.zeros(shape, requires_grad=True)
         value = tk.temporal_loss(logits, torch.zeros(shape[1], dtype=torch.long))
@@ -112,7 +113,7 @@ def test_empty_batch_is_nan_as_in_torch():
         assert torch.autograd.grad(value, logits)[0].shape == torch.Size(shape)
 
 
-def test_views_and_layouts():
+def test_views_and_layouts(backend):
     base = torch.randn(5, 7, 24)
     target = torch.randint(0, 10, (7,))
     for view in (
@@ -123,8 +124,8 @@ def test_views_and_layouts():
     ):
         view = view.detach().requires_grad_()
         results = []
-        for backend in ("cpu", "reference"):
-            value = tk.temporal_loss(view, target, mse_ratio=0.2, backend=backend)
+        for chosen in (backend, "reference"):
+            value = tk.temporal_loss(view, target, mse_ratio=0.2, backend=chosen)
             results.append((value, torch.autograd.grad(value, view)[0]))
         for a, b in zip(*results, strict=True):
             assert relative_error(a, b) < 1e-6
@@ -153,7 +154,7 @@ def test_keeps_the_logits_and_a_number_a_row():
     assert list(own.values()) == [6 * 50]
 
 
-def test_double_backward_raises():
+def test_double_backward_raises(backend):
     logits = torch.randn(2, 3, 4, requires_grad=True)
     value = tk.temporal_loss(logits, torch.tensor([0, 1, 2]))
     with pytest.raises(RuntimeError, match="temporal_loss cannot be differentiated twice"):
@@ -196,7 +197,7 @@ Y = torch.tensor([0, 1, 2])
             "class_weight: req",
         ),
         (O, Y, {"check": 1}, TypeError, "check: got 1"),
-        (O, Y, {"backend": "triton"}, RuntimeError, "temporal_loss: backend 'triton'"),
+        (O, Y, {"backend": "cuda"}, RuntimeError, "temporal_loss: backend 'cuda'"),
     ],
 )
 def test_bad_input(logits, target, options, error, message):
@@ -204,14 +205,32 @@ def test_bad_input(logits, target, options, error, message):
         tk.temporal_loss(logits, target, **options)
 
 
-def test_kernel_gives_nan_for_a_class_out_of_range():
+def test_kernel_gives_nan_for_a_class_out_of_range(backend):
     """What a GPU shows where nobody looks: the op itself, without the check before it."""
     logits = torch.zeros(2, 3, 4)
-    options = (0, 1.0, 0.0, None, 0.0, -100, "cpu")
+    options = (0, 1.0, 0.1, None, 0.0, -100, backend)
+    registered = torch.ops.trt_kernels
     for wrong in (4, -1, 2**40):
         target = torch.tensor([0, wrong, 1])
-        value, _ = torch.ops.trt_kernels.temporal_loss_forward(logits, target, None, *options)
+        value, *kept = registered.temporal_loss_forward(logits, target, None, *options)
         assert value.isnan()
+        upstream = torch.ones(())
+        grad = registered.temporal_loss_backward(upstream, logits, target, None, *kept, *options)
+        assert grad[:, 1].isnan().all() and grad[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_many_classes(dtype, backend):
+    """Rows so long that a GPU gives each to a block."""
+    logits = (torch.randn(2, 2, 100_000) * 3).to(dtype).requires_grad_()
+    target = torch.tensor([0, 99_999])
+    results = []
+    for chosen in (backend, "reference"):
+        value = tk.temporal_loss(logits, target, mse_ratio=0.1, backend=chosen)
+        results.append((value, *torch.autograd.grad(value, logits)))
+    (value, grad), (true_value, true_grad) = results
+    torch.testing.assert_close(value, true_value, rtol=2e-6, atol=0)
+    assert relative_error(grad, true_grad) < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
 def model():
@@ -220,7 +239,7 @@ def model():
     )
 
 
-def test_trt_loss():
+def test_trt_loss(backend):
     net = model()
     logits = torch.randn(6, 3, 4, requires_grad=True)
     loss = tk.TRTLoss(net, weight=1e-2, delta=0.5, mse_ratio=0.05)
@@ -249,11 +268,11 @@ def test_trt_loss_sees_a_replaced_parameter():
     assert len(loss.regularized()) == len(list(other.named_parameters())) - 3
 
 
-def test_tet_loss():
+def test_tet_loss(backend):
     logits = torch.randn(6, 3, 4, requires_grad=True)
     expected = 0.95 * tk.temporal_loss(logits, Y) + 0.05 * (logits - 1.0).square().mean()
-    for backend in ("cpu", "reference"):
-        loss = tk.TETLoss(mean=1.0, weight=0.05, backend=backend)
+    for chosen in (backend, "reference"):
+        loss = tk.TETLoss(mean=1.0, weight=0.05, backend=chosen)
         torch.testing.assert_close(loss(logits, Y), expected)
         ours = torch.autograd.grad(loss(logits, Y), logits)[0]
         theirs = torch.autograd.grad(expected, logits, retain_graph=True)[0]

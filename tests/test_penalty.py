@@ -1,4 +1,5 @@
-"""`trt_penalty` and `trt_penalty_` against the reference and float64."""
+"""`trt_penalty` and `trt_penalty_` on every backend with kernels, against the reference and
+float64."""
 
 import itertools
 import math
@@ -9,6 +10,7 @@ import torch
 import trt_kernels as tk
 from tests.cases import relative_error
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = ((1,), (7,), (64, 3, 3, 3), (1000,), (130, 257), (0,), (20000,))
 
 
@@ -36,7 +38,7 @@ def exact(params, steps, weight, delta, eps):
     "steps,delta", ((1, 0.5), (2, 0.0), (6, 0.25), (10, 0.5), (33, 1.0), (100, 3.0))
 )
 @pytest.mark.parametrize("eps", (0.0, 1e-5, 0.1))
-def test_value_and_gradient_against_float64(steps, delta, eps, level):
+def test_value_and_gradient_against_float64(steps, delta, eps, kernels):
     for dtype, scale in itertools.product((torch.float32, torch.float64), (1e-3, 0.3, 30.0)):
         params = parameters(dtype, scale)
         value = tk.trt_penalty(params, steps=steps, weight=2e-4, delta=delta, eps=eps)
@@ -49,12 +51,12 @@ def test_value_and_gradient_against_float64(steps, delta, eps, level):
             assert relative_error(a, 3 * b) < bound
 
 
-def test_matches_reference():
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+def test_matches_reference(backend):
+    for dtype in DTYPES:
         params = parameters(dtype)
         results = []
-        for backend in ("cpu", "reference"):
-            value = tk.trt_penalty(params, steps=6, weight=1e-3, delta=0.4, backend=backend)
+        for chosen in (backend, "reference"):
+            value = tk.trt_penalty(params, steps=6, weight=1e-3, delta=0.4, backend=chosen)
             results.append((value, torch.autograd.grad(value, params)))
         (value, grads), (true_value, true_grads) = results
         assert value.dtype == true_value.dtype
@@ -65,25 +67,25 @@ def test_matches_reference():
             assert relative_error(a, b) < (1e-2 if half else 1e-6)
 
 
-def test_gradcheck():
+def test_gradcheck(backend):
     params = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(
         lambda *p: tk.trt_penalty(p, steps=5, weight=0.7, delta=0.3), params
     )
 
 
-def test_zero_weights_and_overflowing_steps():
+def test_zero_weights_and_overflowing_steps(backend):
     w = torch.tensor([0.0, -0.0, 1e-30, 1.0], requires_grad=True)
     for eps, delta in itertools.product((0.0, 1e-5), (50.0, 1e3, 1e300)):
-        for backend in ("cpu", "reference"):
-            value = tk.trt_penalty([w], steps=20, weight=1.0, delta=delta, eps=eps, backend=backend)
+        for chosen in (backend, "reference"):
+            value = tk.trt_penalty([w], steps=20, weight=1.0, delta=delta, eps=eps, backend=chosen)
             (grad,) = torch.autograd.grad(value, w)
             # Step 0 alone is left: plain L2 over T.
             torch.testing.assert_close(value, torch.tensor(1 / 20))
             torch.testing.assert_close(grad, 2 * w.detach() / 20)
 
 
-def test_large_weights_stay_finite(level):
+def test_large_weights_stay_finite(kernels):
     """Products of denominators must not overflow where the terms themselves do not."""
     for scale in (1e3, 1e8, 1e12, 1e17):
         w = (torch.randn(3000) * scale).requires_grad_()
@@ -94,7 +96,7 @@ def test_large_weights_stay_finite(level):
         assert relative_error(grad, true_grad) < 1e-5
 
 
-def test_nan_stays_where_it_is():
+def test_nan_stays_where_it_is(backend):
     w = torch.randn(3000)
     w[5] = float("nan")
     w.requires_grad_()
@@ -103,14 +105,14 @@ def test_nan_stays_where_it_is():
     assert value.isnan() and grad.isnan().nonzero().tolist() == [[5]]
 
 
-def test_layouts_and_frozen_parameters():
+def test_layouts_and_frozen_parameters(backend):
     weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
     gapped = torch.randn(20, 6)[:, ::2].requires_grad_()
     frozen = torch.randn(9)
     params = [weight, frozen, gapped]
     results = []
-    for backend in ("cpu", "reference"):
-        value = tk.trt_penalty(params, steps=4, weight=1e-2, delta=0.5, backend=backend)
+    for chosen in (backend, "reference"):
+        value = tk.trt_penalty(params, steps=4, weight=1e-2, delta=0.5, backend=chosen)
         results.append((value, *torch.autograd.grad(value, (weight, gapped))))
     for a, b in zip(*results, strict=True):
         assert relative_error(a, b) < 1e-6
@@ -129,7 +131,7 @@ def test_repeats_its_bits_for_any_number_of_threads(threads):
         assert all(map(torch.equal, results[0], other))
 
 
-def test_keeps_nothing_but_the_parameters():
+def test_keeps_nothing_but_the_parameters(backend):
     params = parameters()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -137,9 +139,10 @@ def test_keeps_nothing_but_the_parameters():
     assert {t.data_ptr() for t in kept} <= {p.data_ptr() for p in params}
 
 
-@pytest.mark.parametrize("backend", ("cpu", "reference"))
-def test_in_place_adds_the_gradient(backend):
-    settings = {"steps": 6, "weight": 1e-2, "delta": 0.5, "backend": backend}
+@pytest.mark.parametrize("reference", (False, True))
+def test_in_place_adds_the_gradient(backend, reference):
+    chosen = "reference" if reference else backend
+    settings = {"steps": 6, "weight": 1e-2, "delta": 0.5, "backend": chosen}
     params = [
         torch.randn(40, 30, requires_grad=True),
         torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last).requires_grad_(),
@@ -158,16 +161,35 @@ def test_in_place_adds_the_gradient(backend):
         assert relative_error(p.grad, new if old is None else old + new) < 1e-6
 
 
-@pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_double_backward_raises(backend):
     w = torch.randn(5, requires_grad=True)
-    value = tk.trt_penalty([w], steps=4, weight=1.0, delta=0.5, backend=backend)
-    if backend == "reference":  # plain PyTorch can
-        (grad,) = torch.autograd.grad(value, w, create_graph=True)
-        assert grad.requires_grad
-    else:
-        with pytest.raises(RuntimeError, match="trt_penalty cannot be differentiated twice"):
-            torch.autograd.grad(value, w, create_graph=True)
+    settings = {"steps": 4, "weight": 1.0, "delta": 0.5}
+    value = tk.trt_penalty([w], **settings, backend="reference")  # plain PyTorch can
+    (grad,) = torch.autograd.grad(value, w, create_graph=True)
+    assert grad.requires_grad
+    value = tk.trt_penalty([w], **settings)
+    with pytest.raises(RuntimeError, match="trt_penalty cannot be differentiated twice"):
+        torch.autograd.grad(value, w, create_graph=True)
+
+
+def test_many_tensors_of_mixed_dtypes(backend):
+    """More than one launch takes, float64 among the others, at addresses of any alignment."""
+    memory = {dtype: torch.randn(20_000).to(dtype) for dtype in DTYPES}
+    params = []
+    for index in range(250):
+        dtype = DTYPES[index % 4] if index < 240 else torch.float32
+        start, size = 13 * index % 97, 1 + 7 * index % 50
+        params.append(memory[dtype][start : start + size].detach().requires_grad_())
+    results = []
+    for chosen in (backend, "reference"):
+        value = tk.trt_penalty(params, steps=5, weight=1e-2, delta=0.4, backend=chosen)
+        results.append((value, torch.autograd.grad(2 * value, params)))
+    (value, grads), (true_value, true_grads) = results
+    assert value.dtype == torch.float64
+    torch.testing.assert_close(value, true_value, rtol=1e-6, atol=0)
+    for a, b in zip(grads, true_grads, strict=True):
+        half = a.dtype in (torch.bfloat16, torch.float16)
+        assert a.dtype == b.dtype and relative_error(a, b) < (1e-2 if half else 1e-6)
 
 
 W = torch.zeros(3)

@@ -13,7 +13,8 @@ from .options import LIFOptions, LossOptions, PenaltyOptions
 
 
 class LIFFunction(Function):
-    """Keeps x (and v_init where given) and computes the potentials again.
+    """Keeps x (and v_init where given) and computes the potentials again; on a GPU, of a long
+    sequence, from a potential kept every 16 steps.
 
     Takes x and the options, then v_init and the regularizer's weight where either is given: every
     further argument costs a small call half a microsecond. Returns the spikes, then whichever of
@@ -30,11 +31,12 @@ class LIFFunction(Function):
         weight: Tensor | None = None,
     ) -> Any:
         ctx.options = options
-        if v_init is None and weight is None:
+        for_backward = any(ctx.needs_input_grad)
+        *outputs, checkpoints = ops.lif_forward(x, v_init, weight, for_backward, options)
+        if v_init is None and weight is None and checkpoints is None:
             ctx.save_for_backward(x)
         else:
-            ctx.save_for_backward(x, v_init, weight)
-        outputs = ops.lif_forward(x, v_init, weight, options)
+            ctx.save_for_backward(x, v_init, weight, checkpoints)
         spikes, state, potential, penalty = outputs
         if state is None and potential is None and penalty is None:
             return spikes
@@ -48,7 +50,7 @@ class LIFFunction(Function):
         options = ctx.options
         needs = ctx.needs_input_grad
         saved = ctx.saved_tensors
-        x, v_init, weight = saved if len(saved) == 3 else (saved[0], None, None)
+        x, v_init, weight, checkpoints = saved if len(saved) == 4 else (saved[0], None, None, None)
         grad_state = grad_potential = grad_penalty = None
         if extras:
             arriving = iter(extras)
@@ -57,7 +59,9 @@ class LIFFunction(Function):
             grad_penalty = next(arriving) if weight is not None else None
         grads = (grad_spikes, grad_state, grad_potential, grad_penalty)
         needs_v_init = len(needs) > 2 and needs[2]
-        grad_x, grad_v_init = ops.lif_backward(x, v_init, weight, grads, needs_v_init, options)
+        grad_x, grad_v_init = ops.lif_backward(
+            x, v_init, weight, checkpoints, grads, needs_v_init, options
+        )
         return (grad_x if needs[0] else None, None, grad_v_init, None)[: len(needs)]
 
 
@@ -66,19 +70,25 @@ class LIFSpikes(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plain: PlainLIF) -> Tensor:
-        ctx.save_for_backward(x)
         ctx.plain = plain
-        return plain.forward(x)
+        spikes, checkpoints = plain.forward(x, ctx.needs_input_grad[0])
+        if checkpoints is None:
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(x, checkpoints)
+        return spikes
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():
             single_backward("lif")
-        (x,) = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
+        checkpoints = kept[0] if kept else None
         if x.is_contiguous() and grad.is_contiguous() and ops.is_plain(x, grad):
-            return ctx.plain.backward(x, grad), None
+            return ctx.plain.backward(x, checkpoints, grad), None
         grads = (grad, None, None, None)
-        return ops.lif_backward(x, None, None, grads, False, ctx.plain.options)[0], None
+        options = ctx.plain.options
+        return ops.lif_backward(x, None, None, checkpoints, grads, False, options)[0], None
 
 
 class TRTPenaltyFunction(Function):
@@ -106,16 +116,16 @@ class TemporalLossFunction(Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions
     ) -> Tensor:
-        value, normalizer = ops.temporal_loss_forward(logits, target, class_weight, options)
-        ctx.save_for_backward(logits, target, class_weight, normalizer)
+        value, *kept = ops.temporal_loss_forward(logits, target, class_weight, options)
+        ctx.save_for_backward(logits, target, class_weight, *kept)
         ctx.options = options
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         single_backward("temporal_loss")
-        logits, target, class_weight, normalizer = ctx.saved_tensors
+        logits, target, class_weight, normalizer, divisors = ctx.saved_tensors
         result = ops.temporal_loss_backward(
-            grad, logits, target, class_weight, normalizer, ctx.options
+            grad, logits, target, class_weight, normalizer, divisors, ctx.options
         )
         return result, None, None, None

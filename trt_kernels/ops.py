@@ -7,7 +7,8 @@ small tensor. Under tracing, fake tensors or any dispatch mode they go through t
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import native
+from .backends import layout, native
 from .checks import choice, state_dtype
 from .options import LIFOptions, LossOptions, PenaltyOptions
 
@@ -36,7 +37,8 @@ def use_backend(backend: str) -> Iterator[None]:
     """Chooses the backend of every call inside: "cpu", "cuda", "triton", "reference" or "auto".
 
     A call's own `backend` argument comes first, then this, then the environment variable
-    TRT_KERNELS_BACKEND, then "auto": compiled kernels of the tensor's device. The choice holds for
+    TRT_KERNELS_BACKEND, then "auto": compiled kernels of the tensor's device, which on a GPU are
+    those of "cuda", or of "triton" where "cuda" cannot serve. The choice holds for
     all threads. A backward pass runs where its forward ran.
 
     Raises:
@@ -60,23 +62,25 @@ def choose_backend(operator: str, backend: str | None, device: torch.device) -> 
 
 @lru_cache(maxsize=256)
 def _resolve(operator: str, name: str, device: torch.device) -> str:
-    if name == "auto":
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(
-                f"{operator}: no compiled backend serves device {device}; "
-                "backend='reference' runs anywhere"
-            )
-        name = device.type
-    reason = backends.why_not(name, operator)
-    if reason is None and name in ("cpu", "cuda") and name != device.type:
-        reason = f"it serves {name} tensors, got one on {device}"
-    if reason is not None:
-        raise RuntimeError(f"{operator}: backend {name!r} cannot serve: {reason}")
-    return name
+    names = (name,) if name != "auto" else backends.AUTOMATIC.get(device.type, ())
+    if not names:
+        raise RuntimeError(
+            f"{operator}: no compiled backend serves device {device}; "
+            "backend='reference' runs anywhere"
+        )
+    reasons = []
+    for candidate in names:
+        reason = backends.why_not(candidate, device)
+        if reason is None:
+            return candidate
+        reasons.append(f"backend {candidate!r} cannot serve: {reason}")
+    raise RuntimeError(f"{operator}: {'; '.join(reasons)}")
 
 
-# The module that runs each compiled backend's operators.
-_KERNELS: dict[str, ModuleType] = {"cpu": native, "cuda": native}
+@cache
+def kernels(backend: str) -> ModuleType:
+    """The module that runs a compiled backend's operators; Triton is imported where it is used."""
+    return native if backend != "triton" else import_module("trt_kernels.backends.triton.operators")
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -104,19 +108,20 @@ _LOSS = (
     "float label_smoothing, int ignore_index, str backend"
 )
 _SCHEMAS = {
-    "lif_forward": "(Tensor x, Tensor? v_init, Tensor? penalty_weight, "
-    f"{_LIF}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "lif_backward": "(Tensor x, Tensor? v_init, Tensor? penalty_weight, Tensor? grad_spikes, "
-    "Tensor? grad_state, Tensor? grad_potential, Tensor? grad_penalty, bool needs_v_init, "
+    "lif_forward": "(Tensor x, Tensor? v_init, Tensor? penalty_weight, bool for_backward, "
+    f"{_LIF}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "lif_backward": "(Tensor x, Tensor? v_init, Tensor? penalty_weight, Tensor? checkpoints, "
+    "Tensor? grad_spikes, Tensor? grad_state, Tensor? grad_potential, Tensor? grad_penalty, "
+    "bool needs_v_init, "
     f"{_LIF}) -> (Tensor, Tensor)",
     "trt_penalty_forward": f"(Tensor[] params, {_PENALTY}) -> Tensor",
     "trt_penalty_backward": f"(Tensor grad, Tensor[] params, {_PENALTY}) -> Tensor[]",
     "trt_penalty_accumulate": "(Tensor[] params, Tensor(a!)[] grads, float scale, "
     f"{_PENALTY}) -> ()",
     "temporal_loss_forward": "(Tensor logits, Tensor target, Tensor? class_weight, "
-    f"{_LOSS}) -> (Tensor, Tensor)",
+    f"{_LOSS}) -> (Tensor, Tensor, Tensor)",
     "temporal_loss_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor? class_weight, "
-    f"Tensor normalizer, {_LOSS}) -> Tensor",
+    f"Tensor normalizer, Tensor? divisors, {_LOSS}) -> Tensor",
 }
 
 _library = torch.library.Library("trt_kernels", "DEF")
@@ -140,52 +145,64 @@ def _or_empty(x: Tensor, *values: Tensor | None) -> tuple[Tensor, ...]:
 
 # --- lif
 def lif_forward(
-    x: Tensor, v_init: Tensor | None, weight: Tensor | None, options: LIFOptions
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Spikes, state, potential and regularizer; what `options` does not ask for is None."""
+    x: Tensor,
+    v_init: Tensor | None,
+    weight: Tensor | None,
+    for_backward: bool,
+    options: LIFOptions,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Spikes, state, potential, regularizer, and what else the backward pass needs; what `options`
+    do not ask for, or nobody needs, is None."""
     if is_plain(x, v_init, weight):
-        outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-        outputs = _KERNELS[options.backend].lif_forward(x, v_init, weight, options)
+        outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+        outputs = kernels(options.backend).lif_forward(x, v_init, weight, for_backward, options)
         return outputs
-    spikes, state, potential, penalty = _registered.lif_forward(x, v_init, weight, *options)
+    spikes, state, potential, penalty, checkpoints = _registered.lif_forward(
+        x, v_init, weight, for_backward, *options
+    )
     return (
         spikes,
         state if options.return_state else None,
         potential if options.return_potential else None,
         penalty if weight is not None else None,
+        checkpoints if checkpoints.numel() else None,
     )
 
 
 def plain_lif(options: LIFOptions, dtype: torch.dtype) -> native.PlainLIF | None:
     """The short way for plain contiguous tensors, where these options have one."""
-    if options.backend != "cpu" or options.return_state or options.return_potential or options.phi:
+    if options.backend not in ("cpu", "cuda"):
+        return None
+    if options.return_state or options.return_potential or options.phi:
         return None
     return native.PlainLIF(options, dtype)
 
 
 def _run_lif_forward(
-    x: Tensor, v_init: Tensor | None, weight: Tensor | None, *options: Any
+    x: Tensor, v_init: Tensor | None, weight: Tensor | None, for_backward: bool, *options: Any
 ) -> tuple[Tensor, ...]:
     chosen = LIFOptions(*options)
-    spikes, *extras = _KERNELS[chosen.backend].lif_forward(x, v_init, weight, chosen)
+    spikes, *extras = kernels(chosen.backend).lif_forward(x, v_init, weight, for_backward, chosen)
     return (spikes, *_or_empty(x, *extras))
 
 
 def _fake_lif_forward(
-    x: Tensor, v_init: Tensor | None, weight: Tensor | None, *options: Any
+    x: Tensor, v_init: Tensor | None, weight: Tensor | None, for_backward: bool, *options: Any
 ) -> tuple[Tensor, ...]:
     chosen = LIFOptions(*options)
     dtype = state_dtype(x.dtype)
-    state = native.empty_state(x, chosen.time_dim) if chosen.return_state else None
+    state = layout.empty_state(x, chosen.time_dim) if chosen.return_state else None
     potential = torch.empty_like(x, dtype=dtype) if chosen.return_potential else None
     penalty = None if weight is None else x.new_empty((), dtype=dtype)
-    return (torch.empty_like(x), *_or_empty(x, state, potential, penalty))
+    checkpoints = layout.empty_checkpoints(x, chosen) if for_backward else None
+    return (torch.empty_like(x), *_or_empty(x, state, potential, penalty, checkpoints))
 
 
 def lif_backward(
     x: Tensor,
     v_init: Tensor | None,
     weight: Tensor | None,
+    checkpoints: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     needs_v_init: bool,
     options: LIFOptions,
@@ -194,28 +211,28 @@ def lif_backward(
     penalty; a None among them is zero."""
     if is_plain(x, v_init, weight, *grads):
         results: tuple[Tensor, Tensor | None]
-        results = _KERNELS[options.backend].lif_backward(
-            x, v_init, weight, grads, needs_v_init, options
+        results = kernels(options.backend).lif_backward(
+            x, v_init, weight, checkpoints, grads, needs_v_init, options
         )
         return results
     grad_x, grad_v_init = _registered.lif_backward(
-        x, v_init, weight, *grads, needs_v_init, *options
+        x, v_init, weight, checkpoints, *grads, needs_v_init, *options
     )
     return grad_x, grad_v_init if needs_v_init else None
 
 
 def _run_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    v_init, weight, *grads = arguments[:6]
-    options = LIFOptions(*arguments[7:])
-    grad_x, grad_v_init = _KERNELS[options.backend].lif_backward(
-        x, v_init, weight, grads, arguments[6], options
+    v_init, weight, checkpoints, *grads = arguments[:7]
+    options = LIFOptions(*arguments[8:])
+    grad_x, grad_v_init = kernels(options.backend).lif_backward(
+        x, v_init, weight, checkpoints, grads, arguments[7], options
     )
     return (grad_x, *_or_empty(x, grad_v_init))
 
 
 def _fake_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    options = LIFOptions(*arguments[7:])
-    grad_v_init = native.empty_state(x, options.time_dim) if arguments[6] else None
+    options = LIFOptions(*arguments[8:])
+    grad_v_init = layout.empty_state(x, options.time_dim) if arguments[7] else None
     return (torch.empty_like(x), *_or_empty(x, grad_v_init))
 
 
@@ -227,7 +244,7 @@ _register("lif_backward", _run_lif_backward, _fake_lif_backward)
 def trt_penalty_forward(params: Sequence[Tensor], options: PenaltyOptions) -> Tensor:
     """R, a scalar of the sum's dtype."""
     if is_plain(*params):
-        value: Tensor = _KERNELS[options.backend].trt_penalty_forward(params, options)
+        value: Tensor = kernels(options.backend).trt_penalty_forward(params, options)
     else:
         value = _registered.trt_penalty_forward(params, *options)
     return value
@@ -238,7 +255,7 @@ def trt_penalty_backward(
 ) -> list[Tensor]:
     """grad · ∂R/∂w for every parameter."""
     if is_plain(grad, *params):
-        grads: list[Tensor] = _KERNELS[options.backend].trt_penalty_backward(grad, params, options)
+        grads: list[Tensor] = kernels(options.backend).trt_penalty_backward(grad, params, options)
     else:
         grads = _registered.trt_penalty_backward(grad, params, *options)
     return grads
@@ -249,13 +266,13 @@ def trt_penalty_accumulate(
 ) -> None:
     """Adds scale · ∂R/∂w to `grads` in place."""
     if is_plain(*params, *grads):
-        _KERNELS[options.backend].trt_penalty_accumulate(params, grads, scale, options)
+        kernels(options.backend).trt_penalty_accumulate(params, grads, scale, options)
     else:
         _registered.trt_penalty_accumulate(params, grads, scale, *options)
 
 
 def _run_trt_penalty_forward(params: Sequence[Tensor], *options: Any) -> Tensor:
-    value: Tensor = _KERNELS[options[-1]].trt_penalty_forward(params, PenaltyOptions(*options))
+    value: Tensor = kernels(options[-1]).trt_penalty_forward(params, PenaltyOptions(*options))
     return value
 
 
@@ -263,20 +280,20 @@ def _run_trt_penalty_backward(
     grad: Tensor, params: Sequence[Tensor], *options: Any
 ) -> list[Tensor]:
     chosen = PenaltyOptions(*options)
-    grads: list[Tensor] = _KERNELS[chosen.backend].trt_penalty_backward(grad, params, chosen)
+    grads: list[Tensor] = kernels(chosen.backend).trt_penalty_backward(grad, params, chosen)
     return grads
 
 
 def _run_trt_penalty_accumulate(
     params: Sequence[Tensor], grads: Sequence[Tensor], scale: float, *options: Any
 ) -> None:
-    _KERNELS[options[-1]].trt_penalty_accumulate(params, grads, scale, PenaltyOptions(*options))
+    kernels(options[-1]).trt_penalty_accumulate(params, grads, scale, PenaltyOptions(*options))
 
 
 _register(
     "trt_penalty_forward",
     _run_trt_penalty_forward,
-    lambda params, *_: params[0].new_empty((), dtype=native.sum_dtype(params)),
+    lambda params, *_: params[0].new_empty((), dtype=layout.sum_dtype(params)),
 )
 _register(
     "trt_penalty_backward",
@@ -291,15 +308,16 @@ _register(
 # --- temporal_loss
 def temporal_loss_forward(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions
-) -> tuple[Tensor, Tensor]:
-    """The loss, a scalar of the sum's dtype, and log Σ exp of every row [T, B]."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, a scalar of the sum's dtype; log Σ exp of every row [T, B]; and where the backward
+    pass does not find them itself, the divisors of the two means [2]."""
     tensors = (logits, target, class_weight)
     if is_plain(*tensors):
-        outputs: tuple[Tensor, Tensor]
-        outputs = _KERNELS[options.backend].temporal_loss_forward(*tensors, options)
-    else:
-        outputs = _registered.temporal_loss_forward(*tensors, *options)
-    return outputs
+        outputs: tuple[Tensor, Tensor, Tensor | None]
+        outputs = kernels(options.backend).temporal_loss_forward(*tensors, options)
+        return outputs
+    value, normalizer, divisors = _registered.temporal_loss_forward(*tensors, *options)
+    return value, normalizer, divisors if divisors.numel() else None
 
 
 def temporal_loss_backward(
@@ -308,12 +326,13 @@ def temporal_loss_backward(
     target: Tensor,
     class_weight: Tensor | None,
     normalizer: Tensor,
+    divisors: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
     """grad · ∂L/∂logits."""
-    tensors = (grad, logits, target, class_weight, normalizer)
+    tensors = (grad, logits, target, class_weight, normalizer, divisors)
     if is_plain(*tensors):
-        result: Tensor = _KERNELS[options.backend].temporal_loss_backward(*tensors, options)
+        result: Tensor = kernels(options.backend).temporal_loss_backward(*tensors, options)
     else:
         result = _registered.temporal_loss_backward(*tensors, *options)
     return result
@@ -321,33 +340,26 @@ def temporal_loss_backward(
 
 def _run_temporal_loss_forward(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     chosen = LossOptions(*options)
-    outputs: tuple[Tensor, Tensor]
-    outputs = _KERNELS[chosen.backend].temporal_loss_forward(logits, target, class_weight, chosen)
-    return outputs
+    value, *kept = kernels(chosen.backend).temporal_loss_forward(
+        logits, target, class_weight, chosen
+    )
+    return (value, *_or_empty(logits, *kept))
 
 
 def _fake_temporal_loss_forward(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    time_dim, dtype = options[0], state_dtype(logits.dtype)
-    rows = (logits.shape[time_dim], logits.shape[1 - time_dim])
-    return logits.new_empty((), dtype=dtype), logits.new_empty(rows, dtype=dtype)
+) -> tuple[Tensor, ...]:
+    chosen, dtype = LossOptions(*options), state_dtype(logits.dtype)
+    rows = layout.loss_rows(logits, chosen)
+    divisors = logits.new_empty(0 if chosen.backend == "cpu" else 2, dtype=dtype)
+    return logits.new_empty((), dtype=dtype), logits.new_empty(rows, dtype=dtype), divisors
 
 
-def _run_temporal_loss_backward(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    normalizer: Tensor,
-    *options: Any,
-) -> Tensor:
-    chosen = LossOptions(*options)
-    result: Tensor = _KERNELS[chosen.backend].temporal_loss_backward(
-        grad, logits, target, class_weight, normalizer, chosen
-    )
+def _run_temporal_loss_backward(grad: Tensor, *arguments: Any) -> Tensor:
+    chosen = LossOptions(*arguments[5:])
+    result: Tensor = kernels(chosen.backend).temporal_loss_backward(grad, *arguments[:5], chosen)
     return result
 
 

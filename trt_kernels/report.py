@@ -49,8 +49,8 @@ def report() -> Report:
     }
     if native._C is not None:
         settings["cpu level"] = f"{native._C.cpu_level()} of {', '.join(native._C.cpu_levels())}"
-    unavailable = {
-        backend: {name: backends.why_not(backend, name) for name in backends.OPERATORS}
+    unavailable: dict[str, dict[str, str | None]] = {
+        backend: dict.fromkeys(backends.OPERATORS, backends.why_not(backend))
         for backend in backends.NAMES
     }
     return Report(versions, settings, unavailable)

@@ -23,6 +23,7 @@ namespace trt {
 namespace cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;       // of a block: small enough that many blocks share an SM
+constexpr int kRowThreads = 512;    // of a block that takes a long row
 constexpr int kMostThreads = 1024;  // of a block that works alone
 }  // namespace cuda
 }  // namespace trt

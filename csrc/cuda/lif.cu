@@ -1,7 +1,11 @@
 // The multi-step LIF on the GPU: a thread owns a few neighbouring neurons over all timesteps.
 //
 // The forward is a rolling loop over time. The backward computes the potentials again from x, parks
-// those of a segment of time in shared memory and walks the segment in reverse.
+// those of a segment of time in shared memory and walks the segment in reverse; a longer sequence
+// is a row of segments, each of which starts from a potential that the forward left.
+//
+// Every kernel exists twice: lean, for a charge without division and nothing but spikes and states,
+// which is what training runs, and whole.
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
@@ -11,6 +15,7 @@
 #include "../math/regularizer.h"
 #include "../math/surrogate.h"
 #include "launch.h"
+#include "reduce.h"
 #include "vector.h"
 
 namespace trt {
@@ -22,13 +27,12 @@ using Index = std::int64_t;
 // Steps whose loads are issued before the first is used, to hide the latency of memory.
 constexpr int kAhead = 4;
 
-// Blocks that an SM must have registers for: about 100 a thread, or 128 for double. Given less,
-// some of these kernels spill; and this many blocks ask for enough memory at once.
-template <class F>
-constexpr int kLeastBlocks = sizeof(F) == 4 ? 5 : 4;
-
-// Potentials that a thread of the backward parks at once.
-constexpr int kSegment = 16;
+// Blocks that an SM must have registers for: these many ask for enough memory at once, and given
+// fewer registers some of the kernels spill.
+template <class Storage, bool kLean>
+constexpr int kLeastBlocks = sizeof(Storage) == 8            ? 4
+                             : kLean && sizeof(Storage) == 4 ? 8
+                                                             : 5;
 
 // Shared memory that every device gives to a block without being asked specially.
 constexpr int kSharedBytes = 48 * 1024;
@@ -114,8 +118,9 @@ __device__ __forceinline__ void for_steps(const void* data, Index index, Index s
 }
 
 template <class Storage, int kWidth>
-__device__ __forceinline__ void put(void* data, Index index,
-                                    const Vector<Storage, kWidth>& elements) {
+__device__ __forceinline__ void put(void* data, Index index, const State<Storage> (&from)[kWidth]) {
+  Vector<Storage, kWidth> elements;
+  pack(from, elements);
   *reinterpret_cast<Vector<Storage, kWidth>*>(static_cast<Storage*>(data) + index) = elements;
 }
 
@@ -123,48 +128,25 @@ __device__ __forceinline__ void put(void* data, Index index,
 template <class Charge, class Reset, class Storage, int kWidth, class F>
 __device__ __forceinline__ void advance(const Vector<Storage, kWidth>& x, const Neuron<F>& neuron,
                                         F (&v)[kWidth], F (&h)[kWidth]) {
+  unpack(x, h);
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) {
-    h[j] = Charge::charge(v[j], load(x.data[j]), neuron);
+    h[j] = Charge::charge(v[j], h[j], neuron);
     v[j] = Reset::after(h[j], fires(h[j], neuron), neuron);
   }
 }
 
 // f(charge, reset) for those of `rules`.
-template <class F, class Function>
+template <bool kLean, class F, class Function>
 __device__ __forceinline__ void visit_rules(const Rules<F>& rules, Function&& f) {
-  visit_kind(Charges(), rules.charge, [&](auto charge) {
+  const auto visit_reset = [&](auto charge) {
     visit_kind(Resets(), rules.reset, [&](auto reset) { f(charge, reset); });
-  });
-}
-
-// Sums in one order: a binary tree over neighbouring neurons, with zeros for those that are not
-// there, so that neither the neurons of a thread nor the place of a tensor in memory changes a bit.
-
-template <int kCount>
-__device__ __forceinline__ double sum_pairs(double (&values)[kCount]) {
-#pragma unroll
-  for (int step = 1; step < kCount; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 2 * step) values[i] += values[i + step];
+  };
+  if constexpr (kLean) {
+    visit_reset(Decay());
+  } else {
+    visit_kind(Charges(), rules.charge, visit_reset);
   }
-  return values[0];
-}
-
-// The sum over a block of kCount threads, in its first thread.
-template <int kCount>
-__device__ __forceinline__ double sum_block(double value) {
-  __shared__ double of_warp[kCount / kWarp];
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, offset);
-  }
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double sums[kCount / kWarp];
-#pragma unroll
-  for (int i = 0; i < kCount / kWarp; ++i) sums[i] = of_warp[i];
-  return sum_pairs(sums);
 }
 
 // Adds weight * phi(h) of one step.
@@ -197,42 +179,53 @@ __device__ __forceinline__ void add_penalty_slope(const Rules<F>& rules, const F
 }
 
 // `growth` [steps] is null where phi does not use it; `partial` has one sum a block.
-template <class Storage, int kWidth>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<State<Storage>>)
+template <class Storage, int kWidth, bool kLean>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage, kLean>)
     forward_kernel(const Rules<State<Storage>> rules, const LIFForward a,
                    const State<Storage>* growth, double* partial) {
   using F = State<Storage>;
   const Place own = place<kWidth>(a.shape);
   const int steps = static_cast<int>(a.shape.steps);
+  const Index inner = a.shape.inner, neurons = a.shape.outer * inner;
   const F* weight = static_cast<const F*>(a.weight);
   F sum[kWidth] = {};
-  if (own.state < a.shape.outer * a.shape.inner) {
-    Storage off, on;
-    store(&off, F(0));
-    store(&on, F(1));
+  if (own.state < neurons) {
     F v[kWidth];
     read_or_zero(a.v_init, own.state, v);
-    visit_rules(rules, [&](auto charge, auto reset) {
-      const auto step = [&](int t, Index index, const Vector<Storage, kWidth>& x) {
-        F h[kWidth];
-        Vector<Storage, kWidth> spikes;
-        advance<decltype(charge), decltype(reset)>(x, rules.neuron, v, h);
+    visit_rules<kLean>(rules, [&](auto charge, auto reset) {
+      F* checkpoint = static_cast<F*>(a.checkpoints) + own.state;
+      for (int begin = 0; begin < steps; begin += a.checkpoint_every) {
+        if (begin > 0) {
+          write(checkpoint, v);
+          checkpoint += neurons;
+        }
+        const auto step = [&](int i, Index index, const Vector<Storage, kWidth>& x) {
+          F h[kWidth], s[kWidth];
+          advance<decltype(charge), decltype(reset)>(x, rules.neuron, v, h);
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) spikes.data[j] = fires(h[j], rules.neuron) ? on : off;
-        put(a.spikes, index, spikes);
-        if (a.potential) write(static_cast<F*>(a.potential) + index, h);
-        if (a.penalty) add_penalty(rules, h, weight[t], growth ? growth[t] : F(0), sum);
-      };
-      for_steps<kWidth, Storage>(a.x, own.sequence, a.shape.inner, steps, step);
+          for (int j = 0; j < kWidth; ++j) s[j] = fires(h[j], rules.neuron) ? F(1) : F(0);
+          put<Storage>(a.spikes, index, s);
+          if constexpr (!kLean) {
+            const int t = begin + i;
+            if (a.potential) write(static_cast<F*>(a.potential) + index, h);
+            if (a.penalty) add_penalty(rules, h, weight[t], growth ? growth[t] : F(0), sum);
+          }
+        };
+        const int left = steps - begin;
+        for_steps<kWidth, Storage>(a.x, own.sequence + begin * inner, inner,
+                                   left < a.checkpoint_every ? left : a.checkpoint_every, step);
+      }
     });
     if (a.state) write(static_cast<F*>(a.state) + own.state, v);
   }
-  if (a.penalty) {
-    double sums[kWidth];
+  if constexpr (!kLean) {
+    if (a.penalty) {
+      double sums[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sums[j] = sum[j];
-    const double total = sum_block<kThreads>(sum_pairs(sums));
-    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+      for (int j = 0; j < kWidth; ++j) sums[j] = sum[j];
+      const double total = sum_block<kThreads>(sum_pairs(sums));
+      if (threadIdx.x == 0) partial[blockIdx.x] = total;
+    }
   }
 }
 
@@ -309,7 +302,8 @@ template <class F, class Storage, int kWidth>
 __device__ __forceinline__ void retreat(const Rules<F>& rules, const F (&h)[kWidth],
                                         const Vector<Storage, kWidth>& ds, F ds_extra, bool detach,
                                         F (&dv)[kWidth]) {
-  F known[kWidth];
+  F known[kWidth], arriving[kWidth];
+  unpack(ds, arriving);
   visit_kind(Surrogates(), rules.surrogate, [&](auto surrogate) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
@@ -320,7 +314,7 @@ __device__ __forceinline__ void retreat(const Rules<F>& rules, const F (&h)[kWid
   const auto through = [&](auto reset) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      dv[j] = potential_gradient<decltype(reset), KnownSurrogate>(h[j], load(ds.data[j]) + ds_extra,
+      dv[j] = potential_gradient<decltype(reset), KnownSurrogate>(h[j], arriving[j] + ds_extra,
                                                                   dv[j], known[j], rules.neuron);
     }
   };
@@ -333,12 +327,10 @@ __device__ __forceinline__ void retreat(const Rules<F>& rules, const F (&h)[kWid
   });
 }
 
-// `checkpoints` [segments - 2][neurons] has the potential before segments 1, 2, ... and is unused
-// up to two segments: the first starts from v_init, and the last follows in registers.
-template <class Storage, int kWidth>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks<State<Storage>>)
+template <class Storage, int kWidth, bool kLean>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage, kLean>)
     backward_kernel(const Rules<State<Storage>> rules, const LIFBackward a,
-                    const State<Storage>* growth, State<Storage>* checkpoints) {
+                    const State<Storage>* growth) {
   using F = State<Storage>;
   TRT_DYNAMIC_SHARED(shared);
   const int steps = static_cast<int>(a.shape.steps);
@@ -348,30 +340,23 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<State<Storage>>)
 
   Parked<F, kWidth> parked(shared);
   const F* weight = static_cast<const F*>(a.weight);
-  const F penalty_scale =
-      a.grad_penalty ? *static_cast<const F*>(a.grad_penalty) / static_cast<F>(neurons) : F(0);
-  F v[kWidth], dv[kWidth];
-  read_or_zero(a.v_init, own.state, v);
+  F penalty_scale = F(0);
+  if (!kLean && a.grad_penalty) {
+    penalty_scale = *static_cast<const F*>(a.grad_penalty) / static_cast<F>(neurons);
+  }
+  F dv[kWidth];
   read_or_zero(a.grad_state, own.state, dv);
 
-  // Up through the segments leaving checkpoints, and from the last one down again.
-  const int last = (steps - 1) / kSegment;
-  for (int visit = 0; visit <= 2 * last; ++visit) {
-    const int segment = visit <= last ? visit : 2 * last - visit;
-    const int begin = segment * kSegment;
-    const int end = begin + kSegment < steps ? begin + kSegment : steps;
-    if (segment > 0 && segment < last) {
-      F* checkpoint = checkpoints + (segment - 1) * neurons + own.state;
-      if (visit < last) {
-        write(checkpoint, v);
-      } else {
-        read(checkpoint, v);
-      }
-    } else if (visit > last) {
+  for (int segment = (steps - 1) / a.checkpoint_every; segment >= 0; --segment) {
+    const int begin = segment * a.checkpoint_every;
+    const int end = begin + a.checkpoint_every < steps ? begin + a.checkpoint_every : steps;
+    F v[kWidth];
+    if (segment > 0) {
+      read(static_cast<const F*>(a.checkpoints) + (segment - 1) * neurons + own.state, v);
+    } else {
       read_or_zero(a.v_init, own.state, v);
     }
-
-    visit_rules(rules, [&](auto charge, auto reset) {
+    visit_rules<kLean>(rules, [&](auto charge, auto reset) {
       const auto step = [&](int i, Index, const Vector<Storage, kWidth>& x) {
         F h[kWidth];
         advance<decltype(charge), decltype(reset)>(x, rules.neuron, v, h);
@@ -379,32 +364,32 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<State<Storage>>)
       };
       for_steps<kWidth, Storage>(a.x, own.sequence + begin * inner, inner, end - begin, step);
     });
-    if (visit < last) continue;
 
     const auto step = [&](int i, Index index, const Vector<Storage, kWidth>& grad_spikes) {
       const int t = end - 1 - i;
-      const F scale = a.grad_penalty ? penalty_scale * weight[t] : F(0);
-      F h[kWidth];
+      F h[kWidth], ds_extra = F(0), scale = F(0);
       parked.get(t - begin, h);
+      if (!kLean && a.grad_penalty) {
+        scale = penalty_scale * weight[t];
+        if (rules.potential < 0) ds_extra = scale;
+      }
       // Nothing arrives at an unused last state; times an infinite potential it must stay nothing.
       const bool detach = rules.detach_reset || (t == steps - 1 && !a.grad_state);
-      retreat(rules, h, grad_spikes, rules.potential < 0 ? scale : F(0), detach, dv);
-      if (a.grad_potential) {
-        F extra[kWidth];
-        read(static_cast<const F*>(a.grad_potential) + index, extra);
+      retreat(rules, h, grad_spikes, ds_extra, detach, dv);
+      if constexpr (!kLean) {
+        if (a.grad_potential) {
+          F extra[kWidth];
+          read(static_cast<const F*>(a.grad_potential) + index, extra);
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) dv[j] += extra[j];
+          for (int j = 0; j < kWidth; ++j) dv[j] += extra[j];
+        }
+        if (a.grad_penalty && rules.potential >= 0) {
+          add_penalty_slope(rules, h, scale, growth ? growth[t] : F(0), dv);
+        }
       }
-      if (a.grad_penalty && rules.potential >= 0) {
-        add_penalty_slope(rules, h, scale, growth ? growth[t] : F(0), dv);
-      }
-      Vector<Storage, kWidth> dx;
+      put<Storage>(a.grad_x, index, dv);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        store(&dx.data[j], dv[j]);
-        dv[j] = rules.slope * dv[j];
-      }
-      put(a.grad_x, index, dx);
+      for (int j = 0; j < kWidth; ++j) dv[j] = rules.slope * dv[j];
     };
     for_steps<kWidth, Storage>(a.grad_spikes, own.sequence + (end - 1) * inner, -inner, end - begin,
                                step);
@@ -462,62 +447,92 @@ const F* fill_growth(const LIFSettings& settings, const LIFShape& shape, F* grow
 
 Index most_partials(const LIFShape& shape) { return ceil_div(shape.neurons(), kThreads); }
 
-Index checkpoints(const LIFShape& shape) {
-  return std::max<Index>(0, ceil_div(shape.steps, kSegment) - 2) * shape.neurons();
+Index growth_bytes(const LIFSettings& settings, const LIFShape& shape) {
+  if (!uses_growth(settings)) return 0;
+  return shape.steps * (shape.dtype == DType::float64 ? 8 : 4);
 }
 
-Index state_bytes(const LIFShape& shape) { return shape.dtype == DType::float64 ? 8 : 4; }
+// One segment, where there are no checkpoints.
+int segment_steps(const LIFShape& shape, const void* checkpoints, int every) {
+  return checkpoints ? every : static_cast<int>(std::max<Index>(1, shape.steps));
+}
 
-Index growth_bytes(const LIFSettings& settings, const LIFShape& shape) {
-  return uses_growth(settings) ? shape.steps * state_bytes(shape) : 0;
+// Calls f(true_type or false_type) by whether the lean kernel will do.
+template <class Function>
+void visit_lean(const LIFSettings& settings, bool asks_more, Function&& f) {
+  static const int decay = find_kind(Charges(), Decay::name);
+  if (asks_more || settings.charge != decay) {
+    f(std::false_type());
+  } else {
+    f(std::true_type());
+  }
 }
 
 template <class Storage>
-void forward(const LIFSettings& settings, LIFForward a, void* workspace, void* stream) {
+void forward(const LIFSettings& settings, LIFForward a, const Queue& queue) {
   using F = State<Storage>;
   a.shape = flatten(a.shape);
+  a.checkpoint_every = segment_steps(a.shape, a.checkpoints, a.checkpoint_every);
   const Index neurons = a.shape.neurons();
   if (neurons == 0) {
     if (!a.penalty) return;
-    check(cudaMemsetAsync(a.penalty, 0, sizeof(F), static_cast<cudaStream_t>(stream)),
+    check(cudaMemsetAsync(a.penalty, 0, sizeof(F), static_cast<cudaStream_t>(queue.stream)),
           "clearing the penalty");
     return;
   }
-  double* partial = static_cast<double*>(workspace);
-  F* space = reinterpret_cast<F*>(partial + most_partials(a.shape));
-  const F* growth = a.penalty ? fill_growth(settings, a.shape, space, stream) : nullptr;
-  visit_width<Storage>(a.shape, {a.x, a.spikes}, {a.v_init, a.potential, a.state}, [&](auto width) {
+  double* partial = static_cast<double*>(queue.workspace);
+  const F* growth = nullptr;
+  if (a.penalty) {
+    F* space = reinterpret_cast<F*>(partial + most_partials(a.shape));
+    growth = fill_growth(settings, a.shape, space, queue.stream);
+  }
+  const auto launch = [&](auto width, auto lean) {
     constexpr int kWidth = decltype(width)::value;
+    constexpr bool kLean = decltype(lean)::value;
     const Index blocks = ceil_div(neurons, kThreads * kWidth);
-    TRT_LAUNCH("lif forward", (forward_kernel<Storage, kWidth>), blocks, kThreads, 0, stream,
-               make_rules<F>(settings), a, growth, partial);
+    TRT_LAUNCH("lif forward", (forward_kernel<Storage, kWidth, kLean>), blocks, kThreads, 0,
+               queue.stream, make_rules<F>(settings), a, growth, partial);
     if (!a.penalty) return;
-    TRT_LAUNCH("lif penalty", penalty_kernel<F>, 1, kMostThreads, 0, stream, partial, blocks,
+    TRT_LAUNCH("lif penalty", penalty_kernel<F>, 1, kMostThreads, 0, queue.stream, partial, blocks,
                kGranule / (kThreads * kWidth), neurons, static_cast<F*>(a.penalty));
-  });
+  };
+  visit_width<Storage>(
+      a.shape, {a.x, a.spikes}, {a.v_init, a.potential, a.state, a.checkpoints}, [&](auto width) {
+        visit_lean(settings, a.penalty || a.potential, [&](auto lean) { launch(width, lean); });
+      });
 }
 
 template <class Storage>
-void backward(const LIFSettings& settings, LIFBackward a, void* workspace, void* stream) {
+void backward(const LIFSettings& settings, LIFBackward a, const Queue& queue) {
   using F = State<Storage>;
   a.shape = flatten(a.shape);
+  const int every = a.checkpoint_every;
+  a.checkpoint_every = segment_steps(a.shape, a.checkpoints, every);
+  if (a.checkpoint_every > every) {
+    throw std::invalid_argument("lif backward: a sequence of " + std::to_string(a.shape.steps) +
+                                " steps needs the forward's checkpoints");
+  }
   const Index neurons = a.shape.neurons();
   if (neurons == 0) return;
-  F* space = static_cast<F*>(workspace);
-  const F* growth = a.grad_penalty
-                        ? fill_growth(settings, a.shape, space + checkpoints(a.shape), stream)
-                        : nullptr;
-  visit_width<Storage>(
-      a.shape, {a.x, a.grad_spikes, a.grad_x},
-      {a.v_init, a.grad_potential, a.grad_state, a.grad_v_init, space}, [&](auto width) {
-        constexpr int kWidth = decltype(width)::value;
-        const int parked = static_cast<int>(std::min<Index>(a.shape.steps, kSegment) * kWidth *
-                                            static_cast<Index>(sizeof(F)));
-        const int threads = parked * kThreads <= kSharedBytes ? kThreads : kThreads / 2;
-        TRT_LAUNCH("lif backward", (backward_kernel<Storage, kWidth>),
-                   ceil_div(neurons, threads * kWidth), threads, parked * threads, stream,
-                   make_rules<F>(settings), a, growth, space);
-      });
+  const F* growth = nullptr;
+  if (a.grad_penalty) {
+    growth = fill_growth(settings, a.shape, static_cast<F*>(queue.workspace), queue.stream);
+  }
+  const auto launch = [&](auto width, auto lean) {
+    constexpr int kWidth = decltype(width)::value;
+    constexpr bool kLean = decltype(lean)::value;
+    const int parked = a.checkpoint_every * kWidth * static_cast<int>(sizeof(F));
+    const int threads = parked * kThreads <= kSharedBytes ? kThreads : kThreads / 2;
+    TRT_LAUNCH("lif backward", (backward_kernel<Storage, kWidth, kLean>),
+               ceil_div(neurons, threads * kWidth), threads, parked * threads, queue.stream,
+               make_rules<F>(settings), a, growth);
+  };
+  visit_width<Storage>(a.shape, {a.x, a.grad_spikes, a.grad_x},
+                       {a.v_init, a.grad_potential, a.grad_state, a.grad_v_init, a.checkpoints},
+                       [&](auto width) {
+                         visit_lean(settings, a.grad_penalty || a.grad_potential,
+                                    [&](auto lean) { launch(width, lean); });
+                       });
 }
 
 }  // namespace
@@ -528,21 +543,18 @@ std::int64_t lif_forward_workspace(const LIFSettings& settings, const LIFShape& 
 }
 
 std::int64_t lif_backward_workspace(const LIFSettings& settings, const LIFShape& shape) {
-  return checkpoints(shape) * state_bytes(shape) + growth_bytes(settings, shape);
+  return growth_bytes(settings, shape);
 }
 
-void lif_forward(const LIFSettings& settings, const LIFForward& a, void* workspace, int device,
-                 void* stream) {
-  const DeviceGuard guard(device);
-  visit_dtype(a.shape.dtype,
-              [&](auto storage) { forward<decltype(storage)>(settings, a, workspace, stream); });
+void lif_forward(const LIFSettings& settings, const LIFForward& a, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  visit_dtype(a.shape.dtype, [&](auto storage) { forward<decltype(storage)>(settings, a, queue); });
 }
 
-void lif_backward(const LIFSettings& settings, const LIFBackward& a, void* workspace, int device,
-                  void* stream) {
-  const DeviceGuard guard(device);
+void lif_backward(const LIFSettings& settings, const LIFBackward& a, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
   visit_dtype(a.shape.dtype,
-              [&](auto storage) { backward<decltype(storage)>(settings, a, workspace, stream); });
+              [&](auto storage) { backward<decltype(storage)>(settings, a, queue); });
 }
 
 }  // namespace cuda

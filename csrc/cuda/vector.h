@@ -1,4 +1,4 @@
-// Neighbouring elements moved by one instruction.
+// Neighbouring elements moved by one instruction, and taken apart into the state's type.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,14 @@ namespace cuda {
 
 constexpr int kVectorBytes = 16;  // the widest access of one thread
 
-template <class T, int kCount>
+template <class T, int kCount, bool kPairs = sizeof(T) == 2 && kCount % 2 == 0>
 struct alignas(kCount * sizeof(T)) Vector {
   T data[kCount];
+};
+// Half precision by words, which is how registers hold it.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Vector<T, kCount, true> {
+  std::uint32_t words[kCount / 2];
 };
 
 // The accesses that move kWidth elements of T.
@@ -45,6 +50,30 @@ __device__ __forceinline__ void write(T* to, const T (&from)[kWidth]) {
     for (int j = 0; j < A::kElements; ++j) vector.data[j] = from[i * A::kElements + j];
     reinterpret_cast<typename A::type*>(to)[i] = vector;
   }
+}
+
+template <class T, int kWidth>
+__device__ __forceinline__ void unpack(const Vector<T, kWidth, false>& vector,
+                                       State<T> (&to)[kWidth]) {
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) to[j] = load(vector.data[j]);
+}
+template <class T, int kWidth>
+__device__ __forceinline__ void unpack(const Vector<T, kWidth, true>& vector, float (&to)[kWidth]) {
+#pragma unroll
+  for (int j = 0; j < kWidth; j += 2) load_pair<T>(vector.words[j / 2], &to[j]);
+}
+
+template <class T, int kWidth>
+__device__ __forceinline__ void pack(const State<T> (&from)[kWidth],
+                                     Vector<T, kWidth, false>& vector) {
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) store(&vector.data[j], from[j]);
+}
+template <class T, int kWidth>
+__device__ __forceinline__ void pack(const float (&from)[kWidth], Vector<T, kWidth, true>& vector) {
+#pragma unroll
+  for (int j = 0; j < kWidth; j += 2) vector.words[j / 2] = store_pair<T>(&from[j]);
 }
 
 // True if kWidth elements of T can be moved at `address`, or if it is null.

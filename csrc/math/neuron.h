@@ -13,7 +13,7 @@ struct Neuron {
   F tau;  // 1 / decay, what the charge "divide" divides by
   F threshold;
   F v_reset;
-  bool fire_at_threshold;  // fires at h >= threshold instead of h > threshold
+  F fires_above;  // the threshold, or the number before it to fire at h >= threshold
 };
 
 // h = charge(v, x), and dv/dh_previous for the backward pass, where no spike depends on rounding.
@@ -45,8 +45,7 @@ using Charges = KindList<Decay, Divide>;
 
 template <class F>
 TRT_HD bool fires(F h, const Neuron<F>& neuron) {
-  // Two comparisons and no branch, so that the loop around it vectorises for either setting.
-  return (h > neuron.threshold) | (neuron.fire_at_threshold & (h == neuron.threshold));
+  return h > neuron.fires_above;
 }
 
 // v = after(h, s). Backward, `spike_gradient` is ds with what dv adds to it through the spike, and

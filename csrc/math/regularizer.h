@@ -34,13 +34,13 @@ struct TrtPotential {
   // h^2 / (1 + growth (|h| + eps))
   template <class F>
   TRT_HD static F value(F h, F growth, F eps) {
-    return h * h / (F(1) + growth * (absolute(h) + eps));
+    return h * h * fast_reciprocal(F(1) + growth * (absolute(h) + eps));
   }
   template <class F>
   TRT_HD static F derivative(F h, F growth, F eps) {
     const F a = absolute(h);
-    const F d = F(1) + growth * (a + eps);
-    return h * (F(2) + growth * (a + F(2) * eps)) / (d * d);
+    const F r = fast_reciprocal(F(1) + growth * (a + eps));
+    return h * (F(2) + growth * (a + F(2) * eps)) * r * r;
   }
 };
 

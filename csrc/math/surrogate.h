@@ -13,7 +13,7 @@ struct Triangle {
   template <class F>
   TRT_HD static F derivative(F u, F width) {
     const F height = width - absolute(u);
-    return (height < F(0) ? F(0) : height) * (F(1) / (width * width));
+    return (height < F(0) ? F(0) : height) * fast_reciprocal(width * width);
   }
 };
 
@@ -23,7 +23,8 @@ struct Sigmoid {
   template <class F>
   TRT_HD static F derivative(F u, F alpha) {
     const F e = exp2_nonpositive(absolute(u) * (F(-kLog2E) * alpha));
-    return alpha * e / ((F(1) + e) * (F(1) + e));
+    const F larger = fast_reciprocal(F(1) + e);  // s(|au|)
+    return alpha * e * larger * larger;
   }
 };
 
@@ -33,7 +34,7 @@ struct ATan {
   template <class F>
   TRT_HD static F derivative(F u, F alpha) {
     const F z = F(1.5707963267948966) * alpha * u;
-    return F(0.5) * alpha / (F(1) + z * z);
+    return F(0.5) * alpha * fast_reciprocal(F(1) + z * z);
   }
 };
 
@@ -42,7 +43,7 @@ struct Rectangle {
   // 1/w where |u| < w/2; the last select keeps a NaN
   template <class F>
   TRT_HD static F derivative(F u, F width) {
-    const F inside = absolute(u) < F(0.5) * width ? F(1) / width : F(0);
+    const F inside = absolute(u) < F(0.5) * width ? fast_reciprocal(width) : F(0);
     return u == u ? inside : u;
   }
 };
@@ -52,8 +53,8 @@ struct FastSigmoid {
   // 1 / (1 + k|u|)^2
   template <class F>
   TRT_HD static F derivative(F u, F slope) {
-    const F d = F(1) + slope * absolute(u);
-    return F(1) / (d * d);
+    const F r = fast_reciprocal(F(1) + slope * absolute(u));
+    return r * r;
   }
 };
 

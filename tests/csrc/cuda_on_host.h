@@ -1,9 +1,11 @@
 // Runs CUDA kernels on the host, from their own source: include this before a .cu file.
 //
-// The blocks of a launch run one after the other. The threads of a block are real threads, so that
-// barriers and shuffles work and ThreadSanitizer sees races between them; where a test says that a
-// kernel needs neither, they run one after the other too, which is much faster.
+// The blocks of a launch run one after the other. The threads of a block are fibers that take turns
+// at barriers and shuffles; under ThreadSanitizer they are real threads, so that it sees races
+// between them.
 #pragma once
+
+#include <ucontext.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -14,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -23,6 +26,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 // One copy serves, since no two blocks run at a time.
 #define __shared__ static
@@ -32,9 +36,10 @@
 
 namespace trt {
 namespace cuda {
-// Two warps, or four for a block that works alone: small, as every thread costs a real one.
+// Two warps, or four for a block with much to do: small, so that tiny tensors have several blocks.
 constexpr int kWarp = 8;
 constexpr int kThreads = 16;
+constexpr int kRowThreads = 32;
 constexpr int kMostThreads = 32;
 }  // namespace cuda
 }  // namespace trt
@@ -45,7 +50,6 @@ using cudaStream_t = void*;
 
 namespace cuda_on_host {
 
-inline bool concurrent = true;             // set by the test, for the launches to come
 inline cudaStream_t the_stream = nullptr;  // where everything must go
 
 [[noreturn]] inline void fail(const char* what) {
@@ -82,6 +86,10 @@ inline HostIndex blockDim, gridDim;
 
 namespace cuda_on_host {
 
+constexpr int kMostWarps = trt::cuda::kMostThreads / trt::cuda::kWarp;
+
+#ifdef __SANITIZE_THREAD__
+
 class Barrier {
  public:
   void wait(unsigned threads) {
@@ -102,9 +110,95 @@ class Barrier {
   unsigned arrived_ = 0, round_ = 0;
 };
 
-constexpr int kMostWarps = trt::cuda::kMostThreads / trt::cuda::kWarp;
 inline Barrier of_block, of_warp[kMostWarps];
-inline double shuffled[trt::cuda::kMostThreads];
+
+inline void run(const std::function<void()>& kernel) {
+  std::vector<std::thread> team;
+  for (unsigned thread = 0; thread < blockDim.x; ++thread) {
+    team.emplace_back([&kernel, thread] {
+      threadIdx.x = thread;
+      for (unsigned block = 0; block < gridDim.x; ++block) {
+        blockIdx.x = block;
+        kernel();
+        of_block.wait(blockDim.x);
+      }
+    });
+  }
+  for (std::thread& member : team) member.join();
+}
+
+#else
+
+struct Fiber {
+  static constexpr std::size_t kStackBytes = 512 * 1024;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  bool done = false;
+};
+
+inline ucontext_t scheduler;
+inline Fiber* current = nullptr;
+inline const std::function<void()>* current_kernel = nullptr;
+inline bool moved = false;  // something happened since it was last cleared
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+class Barrier {
+ public:
+  void wait(unsigned threads) {
+    const unsigned round = round_;
+    if (++arrived_ == threads) {
+      arrived_ = 0;
+      ++round_;
+      moved = true;
+    } else {
+      while (round_ == round) yield();
+    }
+  }
+
+ private:
+  unsigned arrived_ = 0, round_ = 0;
+};
+
+inline Barrier of_block, of_warp[kMostWarps];
+
+inline void run_block(const std::function<void()>& kernel) {
+  static Fiber fibers[trt::cuda::kMostThreads];
+  current_kernel = &kernel;
+  for (unsigned thread = 0; thread < blockDim.x; ++thread) {
+    Fiber& fiber = fibers[thread];
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
+    fiber.context.uc_link = &scheduler;
+    void (*entry)() = [] {
+      (*current_kernel)();
+      current->done = moved = true;
+    };
+    makecontext(&fiber.context, entry, 0);
+  }
+  for (bool running = true; running;) {
+    running = moved = false;
+    for (unsigned thread = 0; thread < blockDim.x; ++thread) {
+      if (fibers[thread].done) continue;
+      threadIdx.x = thread;
+      current = &fibers[thread];
+      swapcontext(&scheduler, &current->context);
+      running |= !current->done;
+    }
+    if (running && !moved) fail("a barrier that some threads never reach");
+  }
+}
+
+inline void run(const std::function<void()>& kernel) {
+  for (unsigned block = 0; block < gridDim.x; ++block) {
+    blockIdx.x = block;
+    run_block(kernel);
+  }
+}
+
+#endif
 
 // Dynamic shared memory starts as NaN, and ends where the launch said, for AddressSanitizer.
 inline std::vector<double> shared_memory;
@@ -124,39 +218,38 @@ inline void launch(const char* name, std::int64_t blocks, int threads, int share
   gridDim.x = static_cast<unsigned>(blocks);
   shared_memory.assign(std::max(1, shared_bytes / 8), std::numeric_limits<double>::quiet_NaN());
   shared_memory.shrink_to_fit();
-  const auto run_thread = [&](unsigned thread) {
-    threadIdx.x = thread;
-    for (unsigned block = 0; block < gridDim.x; ++block) {
-      blockIdx.x = block;
-      kernel();
-      if (concurrent) of_block.wait(blockDim.x);
-    }
-  };
-  if (concurrent) {
-    std::vector<std::thread> team;
-    for (unsigned thread = 0; thread < blockDim.x; ++thread) team.emplace_back(run_thread, thread);
-    for (std::thread& member : team) member.join();
-  } else {
-    for (unsigned thread = 0; thread < blockDim.x; ++thread) run_thread(thread);
-  }
+  run(kernel);
+}
+
+inline void sync_warp() { of_warp[threadIdx.x / trt::cuda::kWarp].wait(trt::cuda::kWarp); }
+
+// `value` of the thread `from` of this warp.
+template <class T>
+T shuffle(T value, unsigned from) {
+  static T shuffled[trt::cuda::kMostThreads];
+  shuffled[threadIdx.x] = value;
+  sync_warp();
+  const T result = shuffled[threadIdx.x / trt::cuda::kWarp * trt::cuda::kWarp + from];
+  sync_warp();
+  return result;
 }
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() {
-  if (!cuda_on_host::concurrent) cuda_on_host::fail("a barrier in a launch said to need none");
-  cuda_on_host::of_block.wait(blockDim.x);
+inline void __syncthreads() { cuda_on_host::of_block.wait(blockDim.x); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return cuda_on_host::shuffle(value, static_cast<unsigned>(from));
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, int offset) {
+  const unsigned lane = threadIdx.x % trt::cuda::kWarp;
+  const unsigned from = lane + static_cast<unsigned>(offset);
+  return cuda_on_host::shuffle(value, from < trt::cuda::kWarp ? from : lane);
 }
 
-inline double __shfl_down_sync(unsigned, double value, int offset) {
-  using namespace cuda_on_host;
-  if (!concurrent) fail("a shuffle in a launch said to need none");
-  constexpr unsigned kWarp = trt::cuda::kWarp;
-  const unsigned lane = threadIdx.x % kWarp;
-  const unsigned from = lane + offset < kWarp ? threadIdx.x + offset : threadIdx.x;
-  shuffled[threadIdx.x] = value;
-  of_warp[threadIdx.x / kWarp].wait(kWarp);
-  const double result = shuffled[from];
-  of_warp[threadIdx.x / kWarp].wait(kWarp);
-  return result;
+inline unsigned atomicAdd(unsigned* counter, unsigned value) {
+  return __atomic_fetch_add(counter, value, __ATOMIC_SEQ_CST);
 }

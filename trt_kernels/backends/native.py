@@ -1,7 +1,6 @@
 """The compiled backends, "cpu" and "cuda": plain tensors in, plain tensors out, no autograd.
 
-Sequences reach the kernels as dense [outer][steps][inner], whatever the order of their dimensions
-in memory. A tensor that is not dense is copied first.
+layout.py says how tensors reach the kernels.
 """
 
 import importlib
@@ -13,8 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import state_dtype
+from ..checks import FLOATS, state_dtype
 from ..options import LIFOptions, LossOptions, PenaltyOptions
+from .layout import (
+    CHECKPOINT_EVERY,
+    accumulation,
+    dense,
+    empty_checkpoints,
+    fold,
+    lif_backward_tensors,
+    lif_forward_tensors,
+    loss_rows,
+    loss_tensors,
+    sum_dtype,
+)
 
 _C: Any = None
 _import_error: str | None = None
@@ -23,73 +34,38 @@ try:
 except ImportError as error:
     _import_error = f"the compiled module is missing or does not load: {error}"
 
-if _C is not None:
-    DTYPES = {
-        torch.float32: _C.DType.float32,
-        torch.float64: _C.DType.float64,
-        torch.float16: _C.DType.float16,
-        torch.bfloat16: _C.DType.bfloat16,
-    }
+DTYPES = {} if _C is None else {d: getattr(_C.DType, str(d).removeprefix("torch.")) for d in FLOATS}
 
 
 def why_no_cpu() -> str | None:
     return _import_error
 
 
-@lru_cache(maxsize=1)
-def why_no_cuda() -> str | None:
+@lru_cache(maxsize=64)
+def why_no_cuda(device: torch.device | None = None) -> str | None:
+    """The reason why CUDA kernels cannot serve `device` (None: any GPU), or None if they can."""
     if _C is None:
         return _import_error
     missing = _C.build_info()["cuda_missing"]
     if missing is not None:
         return f"compiled without CUDA: {missing}"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for AMD GPUs: backend='triton' serves them"
     devices, reason = _C.cuda_devices()
     if not devices:
         return f"no CUDA device: {reason}"
     if not torch.cuda.is_available():
-        return "this PyTorch is built without CUDA"
-    return None
-
-
-def empty_state(x: Tensor, time_dim: int) -> Tensor:
-    """An empty state for x: its shape without time, its order in memory, the state dtype."""
-    if x.shape[time_dim] == 0:
-        shape = x.shape[:time_dim] + x.shape[time_dim + 1 :]
-        return x.new_empty(shape, dtype=state_dtype(x.dtype))
-    return torch.empty_like(x.select(time_dim, 0), dtype=state_dtype(x.dtype))
-
-
-def is_dense(x: Tensor) -> bool:
-    """True if x fills its memory without gaps or overlaps, in any order of dimensions."""
-    if x.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def dense(x: Tensor) -> Tensor:
-    return x if is_dense(x) else torch.empty_like(x).copy_(x)
-
-
-def in_layout_of(x: Tensor, value: Tensor | None) -> Tensor | None:
-    """`value` in the memory order of x (they have one shape): gradients arrive in any layout."""
-    if value is None or value.stride() == x.stride():
-        return value
-    return torch.empty_like(x, dtype=value.dtype).copy_(value)
+        return "this PyTorch is built without CUDA, or cannot use its device"
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    reason = _C.cuda_why_not(index)
+    return reason or None
 
 
 def sequence(x: Tensor, time_dim: int) -> tuple[Any, tuple[int, ...], int]:
     """What kernels need of a dense x: dtype, sizes in memory order, which of them is time."""
     if x.is_contiguous():
         return DTYPES[x.dtype], x.shape, time_dim
-    steps = x.shape[time_dim]
-    # In any dense order, what lies within a timestep is as large as the step's stride.
-    inner = x.stride(time_dim) if steps > 1 else x.numel()
-    return DTYPES[x.dtype], (x.numel() // (steps * inner), steps, inner), 1
+    return DTYPES[x.dtype], fold(x, time_dim), 1
 
 
 def address(tensor: Tensor | None) -> int:
@@ -116,34 +92,30 @@ def lif_handle(options: LIFOptions) -> Any:
     )
 
 
-def launch_cuda(handle: Any, direction: str, x: Tensor, arguments: tuple[Any, ...]) -> None:
-    """Runs `handle`'s kernel of a direction on x's device, on its current stream."""
-    size = getattr(handle, f"cuda_{direction}_workspace")(*arguments[:3])
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    run = getattr(handle, f"cuda_{direction}")
-    run(*arguments, workspace.data_ptr(), x.get_device(), stream)
+def current_stream(device: int) -> int:
+    """The handle of torch's current stream there; its public form costs a small call 2 µs more."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
+
+
+def workspace(size: int, x: Tensor) -> Tensor | None:
+    """Memory for a kernel's partial results. Torch hands it out again only behind the launch."""
+    return torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
 
 
 def lif_forward(
-    x: Tensor, v_init: Tensor | None, weight: Tensor | None, options: LIFOptions
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Spikes, state, potential and regularizer; what `options` does not ask for is None."""
-    time_dim = options.time_dim
-    if not x.is_contiguous():
-        x = dense(x)
-    spikes = torch.empty_like(x)
-    state = potential = penalty = None
-    if options.return_state:
-        state = empty_state(x, time_dim)
-    if options.return_potential:
-        potential = torch.empty_like(x, dtype=state_dtype(x.dtype))
-    if weight is not None:
-        penalty = x.new_empty((), dtype=state_dtype(x.dtype))
-    if v_init is not None:
-        v_init = in_layout_of(empty_state(x, time_dim), v_init)
+    x: Tensor,
+    v_init: Tensor | None,
+    weight: Tensor | None,
+    for_backward: bool,
+    options: LIFOptions,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Spikes, state, potential, regularizer and checkpoints; what is not asked for is None."""
+    x, v_init, spikes, state, potential, penalty, checkpoints = lif_forward_tensors(
+        x, v_init, options, weight is not None, for_backward
+    )
     arguments = (  # addresses written out: a function for them costs a small call a microsecond
-        *sequence(x, time_dim),
+        *sequence(x, options.time_dim),
         x.data_ptr(),
         0 if v_init is None else v_init.data_ptr(),
         0 if weight is None else weight.data_ptr(),
@@ -153,15 +125,25 @@ def lif_forward(
         0 if penalty is None else penalty.data_ptr(),
     )
     handle = lif_handle(options)
-    if x.is_cpu:
+    if options.backend == "cpu":
         handle.cpu_forward(*arguments, torch.get_num_threads())
     else:
-        launch_cuda(handle, "forward", x, arguments)
-    return spikes, state, potential, penalty
+        space = None
+        if penalty is not None:
+            space = workspace(handle.cuda_forward_workspace(*arguments[:3]), x)
+        handle.cuda_forward(
+            *arguments,
+            0 if checkpoints is None else checkpoints.data_ptr(),
+            CHECKPOINT_EVERY,
+            address(space),
+            x.get_device(),
+            current_stream(x.get_device()),
+        )
+    return spikes, state, potential, penalty, checkpoints
 
 
 class PlainLIF:
-    """`lif` of a contiguous CPU tensor into spikes alone, bound once for its options and dtype.
+    """`lif` of a contiguous tensor into spikes alone, bound once for its options and dtype.
 
     The same kernels as `lif_forward` and `lif_backward`, which decide all of this at every call: on
     a small tensor that costs as much as the rest.
@@ -170,19 +152,53 @@ class PlainLIF:
     def __init__(self, options: LIFOptions, dtype: torch.dtype) -> None:
         handle = lif_handle(options)
         self.options = options
-        self._run_forward, self._run_backward = handle.cpu_forward, handle.cpu_backward
+        self._cuda = options.backend == "cuda"
         self._dtype, self._time_dim = DTYPES[dtype], options.time_dim
+        if self._cuda:
+            self._run_forward, self._run_backward = handle.cuda_forward, handle.cuda_backward
+        else:
+            self._run_forward, self._run_backward = handle.cpu_forward, handle.cpu_backward
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, for_backward: bool) -> tuple[Tensor, Tensor | None]:
+        """Spikes, and the checkpoints where the backward pass needs them."""
         spikes = torch.empty_like(x)
         tensors = (x.data_ptr(), 0, 0, spikes.data_ptr(), 0, 0, 0)
-        self._run_forward(self._dtype, x.shape, self._time_dim, *tensors, torch.get_num_threads())
-        return spikes
+        if not self._cuda:
+            threads = torch.get_num_threads()
+            self._run_forward(self._dtype, x.shape, self._time_dim, *tensors, threads)
+            return spikes, None
+        checkpoints = empty_checkpoints(x, self.options) if for_backward else None
+        self._run_forward(
+            self._dtype,
+            x.shape,
+            self._time_dim,
+            *tensors,
+            0 if checkpoints is None else checkpoints.data_ptr(),
+            CHECKPOINT_EVERY,
+            0,
+            x.get_device(),
+            current_stream(x.get_device()),
+        )
+        return spikes, checkpoints
 
-    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
+    def backward(self, x: Tensor, checkpoints: Tensor | None, grad: Tensor) -> Tensor:
         grad_x = torch.empty_like(x)
         tensors = (x.data_ptr(), 0, 0, grad.data_ptr(), 0, 0, 0, grad_x.data_ptr(), 0)
-        self._run_backward(self._dtype, x.shape, self._time_dim, *tensors, torch.get_num_threads())
+        if not self._cuda:
+            threads = torch.get_num_threads()
+            self._run_backward(self._dtype, x.shape, self._time_dim, *tensors, threads)
+            return grad_x
+        self._run_backward(
+            self._dtype,
+            x.shape,
+            self._time_dim,
+            *tensors,
+            0 if checkpoints is None else checkpoints.data_ptr(),
+            CHECKPOINT_EVERY,
+            0,
+            x.get_device(),
+            current_stream(x.get_device()),
+        )
         return grad_x
 
 
@@ -190,27 +206,18 @@ def lif_backward(
     x: Tensor,
     v_init: Tensor | None,
     weight: Tensor | None,
+    checkpoints: Tensor | None,
     grads: Sequence[Tensor | None],
     needs_v_init: bool,
     options: LIFOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and v_init from those of spikes, state, potential, penalty; None is zero."""
-    grad_spikes, grad_state, grad_potential, grad_penalty = grads
-    time_dim = options.time_dim
-    if not x.is_contiguous():
-        x = dense(x)
-    grad_x = torch.empty_like(x)
-    grad_v_init = None
-    if v_init is not None or grad_state is not None:
-        state = empty_state(x, time_dim)
-        grad_v_init = state if needs_v_init else None
-        v_init, grad_state = in_layout_of(state, v_init), in_layout_of(state, grad_state)
-    if grad_spikes is not None and grad_spikes.stride() != x.stride():
-        grad_spikes = in_layout_of(x, grad_spikes)
-    if grad_potential is not None:
-        grad_potential = in_layout_of(x, grad_potential)
+    grad_penalty = grads[3]
+    x, v_init, grad_spikes, grad_state, grad_potential, grad_x, grad_v_init = lif_backward_tensors(
+        x, v_init, grads[:3], needs_v_init, options
+    )
     arguments = (
-        *sequence(x, time_dim),
+        *sequence(x, options.time_dim),
         x.data_ptr(),
         0 if v_init is None else v_init.data_ptr(),
         0 if weight is None else weight.data_ptr(),
@@ -222,10 +229,20 @@ def lif_backward(
         0 if grad_v_init is None else grad_v_init.data_ptr(),
     )
     handle = lif_handle(options)
-    if x.is_cpu:
+    if options.backend == "cpu":
         handle.cpu_backward(*arguments, torch.get_num_threads())
     else:
-        launch_cuda(handle, "backward", x, arguments)
+        space = None
+        if grad_penalty is not None:
+            space = workspace(handle.cuda_backward_workspace(*arguments[:3]), x)
+        handle.cuda_backward(
+            *arguments,
+            0 if checkpoints is None else checkpoints.data_ptr(),
+            CHECKPOINT_EVERY,
+            address(space),
+            x.get_device(),
+            current_stream(x.get_device()),
+        )
     return grad_x, grad_v_init
 
 
@@ -243,19 +260,45 @@ def penalty_handle(options: PenaltyOptions) -> Any:
     return _C.Penalty(growth=growth, scale=options.weight / options.steps, eps=options.eps)
 
 
-def sum_dtype(params: Sequence[Tensor]) -> torch.dtype:
-    double = any(p.dtype == torch.float64 for p in params)
-    return torch.float64 if double else torch.float32
+Row = tuple[Any, int, int, int, bool]  # dtype, elements, addresses of weight and gradient, add?
+
+
+def penalty_rows(params: Sequence[Tensor], grads: Sequence[Tensor], add: bool) -> list[Row]:
+    """What kernels need of dense parameters and of the gradients to be written or added to."""
+    return [
+        (DTYPES[p.dtype], p.numel(), p.data_ptr(), g.data_ptr(), add)
+        for p, g in zip(params, grads, strict=True)
+    ]
 
 
 def trt_penalty_forward(params: Sequence[Tensor], options: PenaltyOptions) -> Tensor:
     params = [dense(p) for p in params]
     value = params[0].new_empty((), dtype=sum_dtype(params))
     rows = [(DTYPES[p.dtype], p.numel(), p.data_ptr(), 0, False) for p in params]
-    penalty_handle(options).cpu_value(
-        rows, DTYPES[value.dtype], value.data_ptr(), torch.get_num_threads()
-    )
+    handle = penalty_handle(options)
+    arguments = (rows, DTYPES[value.dtype], value.data_ptr())
+    if options.backend == "cpu":
+        handle.cpu_value(*arguments, torch.get_num_threads())
+    else:
+        device = value.get_device()
+        space = workspace(handle.cuda_workspace(rows), value)
+        handle.cuda_value(*arguments, address(space), device, current_stream(device))
     return value
+
+
+def write_penalty_gradient(
+    rows: list[Row], scale: float, upstream: Tensor | None, where: Tensor, options: PenaltyOptions
+) -> None:
+    """Writes or adds scale · upstream · ∂R/∂w on the device of `where`."""
+    handle = penalty_handle(options)
+    dtype = DTYPES[torch.float32 if upstream is None else upstream.dtype]
+    arguments = (rows, scale, dtype, address(upstream))
+    if options.backend == "cpu":
+        handle.cpu_gradient(*arguments, torch.get_num_threads())
+    else:
+        device = where.get_device()
+        space = workspace(handle.cuda_workspace(rows), where)
+        handle.cuda_gradient(*arguments, address(space), device, current_stream(device))
 
 
 def trt_penalty_backward(
@@ -263,13 +306,7 @@ def trt_penalty_backward(
 ) -> list[Tensor]:
     params = [dense(p) for p in params]
     grads = [torch.empty_like(p) for p in params]
-    rows = [
-        (DTYPES[p.dtype], p.numel(), p.data_ptr(), g.data_ptr(), False)
-        for p, g in zip(params, grads, strict=True)
-    ]
-    penalty_handle(options).cpu_gradient(
-        rows, DTYPES[grad.dtype], grad.data_ptr(), torch.get_num_threads()
-    )
+    write_penalty_gradient(penalty_rows(params, grads, False), 1.0, grad, params[0], options)
     return grads
 
 
@@ -277,39 +314,18 @@ def trt_penalty_accumulate(
     params: Sequence[Tensor], grads: Sequence[Tensor], scale: float, options: PenaltyOptions
 ) -> None:
     """Adds scale · ∂R/∂w to every gradient in place, in one pass."""
-    rows, later = [], []
-    for p, g in zip(params, grads, strict=True):
-        target = g
-        if g.dtype != p.dtype or not is_dense(p) or p.stride() != g.stride():
-            p = dense(p.to(torch.promote_types(p.dtype, g.dtype)))
-            target = torch.zeros_like(p)
-            later.append((g, target))
-        rows.append((DTYPES[p.dtype], p.numel(), p.data_ptr(), target.data_ptr(), True))
-    upstream = torch.tensor(scale, dtype=torch.float64, device="cpu")
-    penalty_handle(options).cpu_gradient(
-        rows, DTYPES[upstream.dtype], upstream.data_ptr(), torch.get_num_threads()
-    )
-    for g, target in later:
-        g.add_(target)
+    ready, targets, _ = zip(*(triples := list(accumulation(params, grads))), strict=True)
+    write_penalty_gradient(penalty_rows(ready, targets, True), scale, None, ready[0], options)
+    for _, target, g in triples:
+        if target is not g:
+            g.add_(target)
     torch.autograd.graph.increment_version(grads)
 
 
-def loss_arguments(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions
-) -> tuple[Any, Tensor, list[Tensor | None]]:
-    """Compiled settings, the logits as they are read, and the tensors that keep memory alive."""
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
+def loss_handle(logits: Tensor, options: LossOptions) -> Any:
+    """The compiled settings of a loss over these logits."""
     batch_dim = 1 - options.time_dim
-    dtype = state_dtype(logits.dtype)
-    indices = probabilities = None
-    if target.is_floating_point():
-        probabilities = target.to(dtype).contiguous()
-    else:
-        indices = target.contiguous()
-    if class_weight is not None:
-        class_weight = class_weight.to(dtype).contiguous()
-    handle = _C.Loss(
+    return _C.Loss(
         dtype=DTYPES[logits.dtype],
         steps=logits.shape[options.time_dim],
         batch=logits.shape[batch_dim],
@@ -322,26 +338,35 @@ def loss_arguments(
         label_smoothing=options.label_smoothing,
         ignore_index=options.ignore_index,
     )
-    return handle, logits, [indices, probabilities, class_weight]
 
 
 def temporal_loss_forward(
     logits: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions
-) -> tuple[Tensor, Tensor]:
-    """The loss, and log Σ exp of every row [T, B], which the backward needs."""
-    handle, logits, tensors = loss_arguments(logits, target, class_weight, options)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, and what the backward needs: log Σ exp of every row [T, B], and on a GPU the
+    divisors of the two means [2]."""
+    tensors = loss_tensors(logits, target, class_weight)
+    logits = tensors[0]
     dtype = state_dtype(logits.dtype)
-    steps, batch = logits.shape[options.time_dim], logits.shape[1 - options.time_dim]
-    normalizer = logits.new_empty((steps, batch), dtype=dtype)
+    normalizer = logits.new_empty(loss_rows(logits, options), dtype=dtype)
     value = logits.new_empty((), dtype=dtype)
-    handle.cpu_value(
-        logits.data_ptr(),
-        *map(address, tensors),
-        normalizer.data_ptr(),
+    handle = loss_handle(logits, options)
+    arguments = (*map(address, tensors), normalizer.data_ptr())
+    if options.backend == "cpu":
+        handle.cpu_value(*arguments, value.data_ptr(), torch.get_num_threads())
+        return value, normalizer, None
+    divisors = logits.new_empty(2, dtype=dtype)
+    device = logits.get_device()
+    space = workspace(handle.cuda_workspace(), logits)
+    handle.cuda_value(
+        *arguments,
+        divisors.data_ptr(),
         value.data_ptr(),
-        torch.get_num_threads(),
+        address(space),
+        device,
+        current_stream(device),
     )
-    return value, normalizer
+    return value, normalizer, divisors
 
 
 def temporal_loss_backward(
@@ -350,18 +375,25 @@ def temporal_loss_backward(
     target: Tensor,
     class_weight: Tensor | None,
     normalizer: Tensor,
+    divisors: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
     # The gradient is written with the strides of the logits, so these must not overlap.
-    logits = dense(logits)
-    handle, logits, tensors = loss_arguments(logits, target, class_weight, options)
+    tensors = loss_tensors(dense(logits), target, class_weight)
+    logits = tensors[0]
     result = torch.empty_like(logits)
-    handle.cpu_gradient(
-        logits.data_ptr(),
-        *map(address, tensors),
-        normalizer.data_ptr(),
+    handle = loss_handle(logits, options)
+    arguments = (*map(address, tensors), normalizer.data_ptr())
+    if options.backend == "cpu":
+        handle.cpu_gradient(*arguments, grad.data_ptr(), result.data_ptr(), torch.get_num_threads())
+        return result
+    device = logits.get_device()
+    handle.cuda_gradient(
+        *arguments,
+        address(divisors),
         grad.data_ptr(),
         result.data_ptr(),
-        torch.get_num_threads(),
+        device,
+        current_stream(device),
     )
     return result

@@ -1,0 +1,57 @@
+// Sums in one order, whatever the number of blocks that run at a time.
+#pragma once
+
+#include "launch.h"
+
+namespace trt {
+namespace cuda {
+
+// A binary tree over neighbours.
+template <int kCount>
+__device__ __forceinline__ double sum_pairs(double (&values)[kCount]) {
+#pragma unroll
+  for (int step = 1; step < kCount; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2 * step) values[i] += values[i + step];
+  }
+  return values[0];
+}
+
+// The sum over a warp, in its first thread.
+__device__ __forceinline__ double sum_warp(double value) {
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    value += __shfl_down_sync(0xffffffffu, value, offset);
+  }
+  return value;
+}
+
+// The sum over a block of kCount threads, in its first thread.
+template <int kCount>
+__device__ __forceinline__ double sum_block(double value) {
+  __shared__ double of_warp[kCount / kWarp];
+  value = sum_warp(value);
+  __syncthreads();  // the sum before this one has been read
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double sums[kCount / kWarp];
+#pragma unroll
+  for (int i = 0; i < kCount / kWarp; ++i) sums[i] = of_warp[i];
+  return sum_pairs(sums);
+}
+
+// True for all threads of the block that is the last of `blocks` to come here: it sees what the
+// others wrote before. `arrived` was 0 before the launch, in memory of this call alone, so that
+// neither another stream nor an aborted kernel can disturb the count.
+__device__ __forceinline__ bool is_last_block(unsigned* arrived, unsigned blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == blocks - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+}  // namespace cuda
+}  // namespace trt
