@@ -6,7 +6,7 @@ OUT ?= out
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install test test-cpp bench lint format clean
+.PHONY: install test on-host test-cpp bench gpu lint format clean
 
 install: $(VENV)/installed
 
@@ -22,15 +22,26 @@ $(VENV)/installed: $(VENV)/requirements $(SOURCES)
 	$(BIN)/pip install -q -e .
 	touch $@
 
-test: install
+test: install on-host
 	$(BIN)/python -m pytest -n auto
 
+# What the tests compile: for the host, and only what they need.
+CONFIGURE_TESTS = $(BIN)/cmake -GNinja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+  -DTRT_KERNELS_WITH_TESTS=ON -DTRT_KERNELS_ONLY_BASELINE=ON
+
+# The CUDA kernels compiled for the host, as a Python module: the tests of the backend "cuda".
+on-host: install
+	$(CONFIGURE_TESTS) -B build/on_host -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir)
+	$(BIN)/cmake --build build/on_host --target _cuda_on_host
+
 # The mathematics and the CUDA kernels' own source, run by the host: plain, then under sanitizers.
-test-cpp: install
-	for sanitizer in "" address,undefined thread; do \
-	  folder=build/cpp-$${sanitizer:-plain} && \
-	  $(BIN)/cmake -GNinja -S . -B $$folder -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DTRT_KERNELS_WITH_PYTHON=OFF -DTRT_KERNELS_WITH_TESTS=ON \
+test-cpp: on-host
+	$(BIN)/cmake --build build/on_host --target cpp_tests
+	$(BIN)/ctest --test-dir build/on_host --output-on-failure
+	for sanitizer in address,undefined thread; do \
+	  folder=build/$$sanitizer && \
+	  $(CONFIGURE_TESTS) -B $$folder -DTRT_KERNELS_WITH_PYTHON=OFF \
 	    -DTRT_KERNELS_SANITIZE=$$sanitizer && \
 	  $(BIN)/cmake --build $$folder && \
 	  $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
@@ -40,6 +51,14 @@ bench: install
 	mkdir -p $(OUT)
 	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench.json --benchmark-quiet
 	$(BIN)/python -m benchmarks.report $(OUT)/bench.json --out $(OUT)
+
+# On a machine with a GPU, after `pip install --no-build-isolation -e .` there: tests, sanitizers and
+# benchmarks, under nine minutes and without a network. It installs nothing: PYTHON as given, else
+# that of .venv where there is one.
+GPU_PYTHON = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or \
+  $(wildcard $(BIN)/python),$(PYTHON)))
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def resnet19() -> list[tuple[str, Tensor]]:
+def resnet19(device: torch.device | None = None) -> list[tuple[str, Tensor]]:
     """Named parameters of the paper's ResNet-19 for CIFAR10: 12,630,858, at their initial scale."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
 
@@ -26,7 +26,7 @@ def resnet19() -> list[tuple[str, Tensor]]:
     for name, inputs, outputs in (("hidden", 512, 256), ("output", 256, 10)):
         shapes.append((f"{name}.weight", (outputs, inputs)))
         shapes.append((f"{name}.bias", (outputs,)))
-    return [(name, initial(name, shape).requires_grad_()) for name, shape in shapes]
+    return [(name, initial(name, shape).to(device).requires_grad_()) for name, shape in shapes]
 
 
 def initial(name: str, shape: tuple[int, ...]) -> Tensor:

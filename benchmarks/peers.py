@@ -6,6 +6,7 @@ is not installed the import raises.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,55 @@ from torch import Tensor
 import trt_kernels as tk
 
 Forward = Callable[[Tensor], Tensor]
+CPU = torch.device("cpu")
 
 
-def spikingjelly() -> tuple[Forward, Forward]:
-    """LIFNode, multi-step, tau 2, undecayed input, triangle surrogate; fires at h >= threshold."""
+def spikingjelly(
+    device: torch.device = CPU, implementation: str = "auto"
+) -> tuple[Forward, Forward]:
+    """LIFNode, multi-step, tau 2, undecayed input, triangle surrogate; fires at h >= threshold.
+
+    On half precision the node would loop over time with a state in half (`spikingjelly_amp`): its
+    multi-step function is given a float32 state there. `implementation`: on a GPU "cuda" (compiled
+    where it was installed), "triton" or "auto".
+
+    Raises:
+        ImportError: not installed, or the implementation cannot be had, and why.
+    """
+    from spikingjelly.activation_based import functional
+
+    node = spikingjelly_node()
+    choose = spikingjelly_choice(device, implementation)
+
+    def forward(x: Tensor) -> Tensor:
+        choose()
+        if x.dtype == torch.float32:
+            node.reset()
+            return node(x)
+        v = torch.zeros_like(x[0], dtype=torch.float32)
+        return functional.lif_multi_step(x, v, 2.0, False, 1.0, 0.0, node.surrogate_function)[0]
+
+    return forward, spikingjelly_neuron
+
+
+def spikingjelly_amp(device: torch.device = CPU) -> tuple[Forward, Forward]:
+    """LIFNode as it is called under autocast: on half precision a loop with a state in half."""
+    node = spikingjelly_node()
+    choose = spikingjelly_choice(device, "auto")
+
+    def forward(x: Tensor) -> Tensor:
+        choose()
+        node.reset()
+        with torch.autocast(x.device.type, x.dtype):
+            return node(x)
+
+    return forward, spikingjelly_neuron
+
+
+def spikingjelly_node() -> Any:
     from spikingjelly.activation_based import neuron, surrogate
 
-    node = neuron.LIFNode(
+    return neuron.LIFNode(
         tau=2.0,
         decay_input=False,
         v_reset=0.0,
@@ -27,18 +70,37 @@ def spikingjelly() -> tuple[Forward, Forward]:
         step_mode="m",
     )
 
-    def forward(x: Tensor) -> Tensor:
-        node.reset()
-        return node(x)
 
-    return forward, lambda x: tk.lif(x, fire_at_threshold=True, backend="reference")
+def spikingjelly_neuron(x: Tensor) -> Tensor:
+    """What LIFNode is held to: the same neuron of the reference."""
+    return tk.lif(x, fire_at_threshold=True, backend="reference")
 
 
-def snntorch() -> tuple[Forward, Forward]:
+def spikingjelly_choice(device: torch.device, implementation: str) -> Callable[[], None]:
+    """A function that makes SpikingJelly use an implementation: before each call, since several are
+    compared in one process. It sets what SJ_LIF_CUDA_IMPLEMENTATION sets for a process."""
+    if device.type == "cpu":
+        return lambda: None
+    from spikingjelly._ops.lif import _selection
+
+    found: dict[Any, Any] = {}  # what the library remembers of a choice
+
+    def choose() -> None:
+        _selection._requested, _selection._selections = implementation, found
+
+    choose()
+    try:
+        _selection.diagnostics(device)
+    except RuntimeError as error:
+        raise ImportError(str(error)) from error
+    return choose
+
+
+def snntorch(device: torch.device = CPU) -> tuple[Forward, Forward]:
     """Leaky, beta 0.5, reset to zero (always detached), its default ATan surrogate."""
     import snntorch
 
-    leaky = snntorch.Leaky(beta=0.5, reset_mechanism="zero")
+    leaky = snntorch.Leaky(beta=0.5, reset_mechanism="zero").to(device)
 
     def forward(x: Tensor) -> Tensor:
         membrane = leaky.reset_mem()
@@ -53,7 +115,7 @@ def snntorch() -> tuple[Forward, Forward]:
     )
 
 
-def norse() -> tuple[Forward, Forward]:
+def norse(device: torch.device = CPU) -> tuple[Forward, Forward]:
     """LIFBoxCell, dt/tau 0.5; it halves its input and rounds in another order (some spikes differ).
 
     Its SuperSpike surrogate has slope 1: version 1.1 leaves the slope that it is given unused.
@@ -61,7 +123,7 @@ def norse() -> tuple[Forward, Forward]:
     from norse.torch import LIFBoxCell
     from norse.torch.functional.lif_box import LIFBoxParameters
 
-    cell = LIFBoxCell(LIFBoxParameters(tau_mem_inv=torch.tensor(0.5)), dt=1.0)
+    cell = LIFBoxCell(LIFBoxParameters(tau_mem_inv=torch.tensor(0.5, device=device)), dt=1.0)
 
     def forward(x: Tensor) -> Tensor:
         state = None

@@ -11,15 +11,23 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.records import Record, Run
 from benchmarks.report import duration, times
-from benchmarks.targets import PENALTY, TRAINING
+from benchmarks.targets import PENALTY, STEPS, TRAINING
 
 PLOTS = {
     "lif.png": (TRAINING, "lif: forward and backward, time relative to ours"),
     "penalty.png": (PENALTY, "trt_penalty: forward and backward, time relative to ours"),
 }
-OURS, YARDSTICK, OTHER = "#1b6e53", "#8a8f98", "#c9743a"
+OURS, ALSO_OURS, YARDSTICK, OTHER = "#1b6e53", "#7db59f", "#8a8f98", "#c9743a"
 YARDSTICKS = ("relu", "sum of squares")
 COLUMNS = 2
+
+
+def colour_of(name: str, ours: str) -> str:
+    if name == ours:
+        return OURS
+    if name in YARDSTICKS:
+        return YARDSTICK
+    return ALSO_OURS if name.startswith("ours") else OTHER
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
@@ -31,7 +39,50 @@ def draw(run: Run, folder: Path) -> list[Path]:
             path = folder / name
             plot(records, title, f"{run.machine}; {run.date}", path)
             written.append(path)
+    records = sorted(run.of(STEPS), key=lambda record: int(record.info["steps"]))
+    if records:
+        written.append(folder / "steps.png")
+        plot_steps(records, f"{run.machine}; {run.date}", written[-1])
     return written
+
+
+def plot_steps(records: list[Record], caption: str, path: Path) -> None:
+    """The cost of a neuron-step over the number of steps."""
+    figure, axes = plt.subplots(figsize=(8, 4.6))
+    names = dict.fromkeys(name for record in records for name in record.info["variants"])
+    for name in names:
+        points = [
+            (r.info["steps"], r.info["variants"][name]["median"] / r.info["elements"] * 1e12)
+            for r in records
+            if name in r.info["variants"]
+        ]
+        colour = colour_of(name, records[0].info["ours"])
+        axes.plot(*zip(*points, strict=True), marker="o", label=name, color=colour)
+    copies = [(r.info["steps"], r.seconds * r.of_copy / r.info["elements"] * 1e12) for r in records]
+    label = "a copy of the same bytes"
+    axes.plot(*zip(*copies, strict=True), linestyle=":", label=label, color=YARDSTICK)
+    axes.set_xscale("log")
+    axes.set_xticks([record.info["steps"] for record in records])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:g}"))
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("T, steps (as many neuron-steps for all)")
+    axes.set_ylabel("ps a neuron-step")
+    axes.grid(linewidth=0.4, alpha=0.6)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.suptitle(
+        "lif: forward and backward, from few to many steps",
+        fontsize=13,
+        fontweight="bold",
+        x=0.02,
+        ha="left",
+    )
+    figure.text(0.02, 0.012, caption, fontsize=8, color="#555555")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def plot(records: list[Record], title: str, caption: str, path: Path) -> None:
@@ -65,7 +116,7 @@ def panel(axes: Axes, record: Record) -> None:
     ours = record.info["ours"]
     ratios = {ours: 1.0, **{name: record.ratio(name) or 0.0 for name in record.others}}
     names = sorted(ratios, key=lambda name: ratios[name])
-    colours = [OURS if n == ours else YARDSTICK if n in YARDSTICKS else OTHER for n in names]
+    colours = [colour_of(name, ours) for name in names]
     axes.barh(names, [ratios[name] for name in names], color=colours, height=0.72)
     for position, name in enumerate(names):
         label = times(ratios[name]) if name != ours else duration(record.seconds)

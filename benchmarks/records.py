@@ -1,6 +1,7 @@
 """Reads the records of measured cases back from the JSON files of pytest-benchmark."""
 
 import json
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,18 @@ class Run:
     machine: str
     date: str
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU was measured."""
+        return any(record.info.get("device") == "cuda" for record in self.records)
+
+    def copy_bandwidth(self) -> float | None:
+        """Bytes a second of the largest copies, read and written together: their median."""
+        copies = [record.info["copy"] for record in self.records]
+        largest = max((copy["moved"] for copy in copies), default=0)
+        rates = [c["moved"] / c["median"] for c in copies if c["moved"] >= largest / 2]
+        return statistics.median(rates) if rates else None
+
     def of(self, table: str, **about: Any) -> list[Record]:
         """The records of the tables whose name begins so, with these facts in their `about`."""
         return [
@@ -93,7 +106,9 @@ def read(paths: Iterable[Path]) -> Run:
 
 
 def machine_line(info: dict[str, Any]) -> str:
-    """Processor, threads, instruction-set level and torch version of a run."""
+    """Processor, threads, instruction-set level and torch version of a run, or its GPU."""
+    if "gpu" in info:
+        return gpu_line(info["gpu"])
     cpu = info.get("cpu", {})
     ours = info.get("trt_kernels", {})
     return ", ".join(
@@ -104,6 +119,14 @@ def machine_line(info: dict[str, Any]) -> str:
             str(ours.get("level", "?")),
             f"torch {ours.get('torch', '?')}",
         )
+    )
+
+
+def gpu_line(gpu: dict[str, Any]) -> str:
+    """Name, driver and versions."""
+    return (
+        f"{gpu['name']}, driver {gpu['driver']}, torch {gpu['torch']}, CUDA {gpu['cuda']}, "
+        f"Triton {gpu['triton']}"
     )
 
 

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import Record, Run, read
-from benchmarks.targets import findings
+from benchmarks.targets import Finding, findings
 
 LEGEND = (
     "`N×`: times slower than ours, by the medians of runs in turn (below 1: faster). "
     "In brackets: bytes kept for the backward pass, per element. "
     "GB/s: the bytes that must move at least, divided by our time; `of copy`: that bandwidth over "
     "the bandwidth of a copy of the same tensor in the same run."
+)
+
+GPU_LEGEND = (
+    "Times are those between two events on the GPU, launches hidden behind a kernel that waits; "
+    "of small calls and where a table says so by wall clock, Python and launches included; under "
+    "graph replay those of the kernels alone. A copy is one from device to device of as many bytes "
+    "as the case moves."
 )
 
 
@@ -33,6 +40,14 @@ def times(ratio: float) -> str:
     return f"{ratio:.{digits}f}×"
 
 
+def size(number: float) -> str:
+    """1.23 GB, 4.56 MB or 7.89 kB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
+
+
 def result_line(info: dict[str, Any]) -> str:
     """One case in one line, for the terminal."""
     record = Record(info)
@@ -42,6 +57,7 @@ def result_line(info: dict[str, Any]) -> str:
     ]
     parts += [f"{name} {times(record.ratio(name) or 0)}" for name in record.others]
     parts += [f"{name} skipped: {reason}" for name, reason in info["skipped"].items()]
+    parts += [f"{name} FAILED: {reason}" for name, reason in info.get("failed", {}).items()]
     return "; ".join(parts)
 
 
@@ -51,7 +67,8 @@ def table(records: list[Record]) -> Iterator[str]:
     has_kept = any("kept" in record.ours for record in records)
     ours = records[0].info["ours"]
     element = records[0].info["element"]
-    head = ["case", ours, "GB/s", "of copy"]
+    has_bytes = any("clock" in record.info for record in records)
+    head = ["case", ours, *(["bytes"] if has_bytes else []), "GB/s", "of copy"]
     head += [f"kept, B/{element}"] if has_kept else []
     yield row([*head, *columns])
     yield row(["---", *["---:"] * (len(head) + len(columns) - 1)])
@@ -59,6 +76,7 @@ def table(records: list[Record]) -> Iterator[str]:
         cells = [
             record.case,
             duration(record.seconds),
+            *([size(record.info["moved"])] if has_bytes else []),
             f"{record.bandwidth / 1e9:.3g}",
             f"{record.of_copy:.0%}",
         ]
@@ -79,6 +97,8 @@ def cell(record: Record, name: str) -> str:
     """Ratio and kept bytes of a variant, or why it is missing."""
     result = record.others.get(name)
     if result is None:
+        if name in record.info.get("failed", {}):
+            return "**failed**"
         return "skipped" if name in record.info["skipped"] else ""
     kept = record.kept(result)
     return times(record.ratio(name) or 0) + ("" if kept is None else f" ({kept:.3g} B)")
@@ -97,27 +117,52 @@ def notes(records: list[Record]) -> Iterator[str]:
         for name, reason in record.info["skipped"].items()
     }
     yield from sorted(skipped)
+    for record in records:
+        for name, reason in record.info.get("failed", {}).items():
+            yield f"**{record.case}: {name} failed: {reason}**"
+        for key, value in record.info.items():
+            if key.startswith("launches, "):
+                yield f"{record.case}: kernel launches of {key.removeprefix('launches, ')}: {value}"
 
 
 def targets(run: Run) -> Iterator[str]:
-    """Each target with its measured value."""
+    """How many targets are met, and each with its measured value."""
+    verdicts = [verdict(f).strip("*") for f in findings(run)]
+    if run.on_gpu:
+        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        yield from (f"{counts}.", "")
     yield row(["target", "case", "measured", "bound", ""])
     yield row(["---", "---", "---:", "---", "---"])
     for f in findings(run):
-        verdict = "met" if f.met else "**missed**"
-        yield row([f.target, f.what, f"{f.value:.3g}", f.bound, verdict])
+        yield row([f.target, f.what, number(f.value), f.bound, verdict(f)])
+
+
+def verdict(finding: Finding) -> str:
+    if finding.value is None:
+        return "not measured"
+    return "met" if finding.met else "**missed**"
 
 
 def markdown(run: Run) -> str:
     """The whole report."""
     lines = ["# Benchmarks of trt_kernels", "", f"{run.machine}; {run.date}.", "", LEGEND]
+    lines += tables(run)
+    return "\n".join(lines) + "\n"
+
+
+def tables(run: Run) -> Iterator[str]:
+    """A section for every kind of case, and one for the targets."""
+    if run.on_gpu:
+        bandwidth = run.copy_bandwidth()
+        yield from ("", GPU_LEGEND)
+        yield from ("", f"Bandwidth of the largest copies: {(bandwidth or 0) / 1e9:.4g} GB/s.")
     for name in dict.fromkeys(record.table for record in run.records):
         records = [record for record in run.records if record.table == name]
-        lines += ["", f"## {name}", "", *table(records)]
+        yield from ("", f"## {name}", "", *table(records))
         remarks = list(notes(records))
-        lines += ["", *(f"* {note}" for note in remarks)] if remarks else []
-    lines += ["", "## Targets", "", *targets(run)]
-    return "\n".join(lines) + "\n"
+        if remarks:
+            yield from ("", *(f"* {note}" for note in remarks))
+    yield from ("", "## Targets", "", *targets(run))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """The project's performance targets, each judged from the records of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.records import Record, Run
@@ -10,20 +10,27 @@ SURROGATES = "lif, surrogates"
 SMALL = "lif, small call"
 PENALTY = "trt_penalty, forward and backward"
 LOSS = "temporal_loss, forward and backward"
+INFERENCE = "lif, inference"
+BACKWARD = "lif, backward"
+STEPS = "lif, more and more steps"
+BITS = "lif, bits of the CPU"
+WALL_PENALTY = "trt_penalty, wall clock"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One number held to a bound: at most `limit`, or at least."""
+    """One number held to a bound: at most `limit`, or at least. None: it was not measured."""
 
     target: str
     what: str
-    value: float
+    value: float | None
     limit: float
     at_least: bool = False
 
     @property
     def met(self) -> bool:
+        if self.value is None:
+            return False
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     @property
@@ -32,7 +39,10 @@ class Finding:
 
 
 def findings(run: Run) -> Iterator[Finding]:
-    """Every target that the run measured; what it did not measure is not judged."""
+    """Every target that the run measured; on a GPU also those that it did not."""
+    if run.on_gpu:
+        yield from gpu_findings(run)
+        return
     yield from against_relu(run)
     yield from against_others(run)
     yield from surrogates(run)
@@ -108,3 +118,153 @@ def overhead(run: Run) -> Iterator[Finding]:
         slower = record.ratio("do-nothing Function")
         if slower:
             yield Finding("`lif` time ÷ do-nothing Function time", record.case, 1 / slower, 1.5)
+
+
+# --- The targets of a GPU.
+Measurements = Iterator[tuple[str, float]]  # case, number
+FASTEST_PEER = ("SpikingJelly cuda", "SpikingJelly triton")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound, and the numbers of a run that are held to it."""
+
+    name: str
+    limit: float
+    numbers: Callable[[Run], Measurements]
+    at_least: bool = False
+
+    def findings(self, run: Run) -> Iterator[Finding]:
+        numbers = list(self.numbers(run)) or [("", None)]
+        for case, value in numbers:
+            yield Finding(self.name, case, value, self.limit, self.at_least)
+
+
+def gpu_findings(run: Run) -> Iterator[Finding]:
+    """Every target of a GPU; one without a measurement has no value."""
+    for target in GPU_TARGETS:
+        yield from target.findings(run)
+
+
+def of_copy(table: str) -> Callable[[Run], Measurements]:
+    """Our bandwidth as a fraction of a copy's."""
+    return lambda run: ((r.case, r.of_copy) for r in run.of(table))
+
+
+def slower_than(table: str, name: str) -> Callable[[Run], Measurements]:
+    """Our time over that of a variant."""
+
+    def numbers(run: Run) -> Measurements:
+        for record in run.of(table):
+            ratio = record.ratio(name)
+            if ratio:
+                yield record.case, 1 / ratio
+
+    return numbers
+
+
+def times_ours(table: str, *names: str, **about: object) -> Callable[[Run], Measurements]:
+    """The time of the fastest of these variants over ours."""
+
+    def numbers(run: Run) -> Measurements:
+        for record in run.of(table, **about):
+            ratios = [ratio for name in names if (ratio := record.ratio(name)) is not None]
+            if ratios:
+                yield record.case, min(ratios)
+
+    return numbers
+
+
+def of_peer(run: Run) -> Measurements:
+    """Our time of a small call over that of the fastest SpikingJelly."""
+    for case, ratio in times_ours(SMALL, *FASTEST_PEER, clock="wall")(run):
+        yield case, 1 / ratio
+
+
+def of_peers_memory(run: Run) -> Measurements:
+    """Bytes that we keep over those that SpikingJelly keeps, the frugalest of its kernels."""
+    for record in run.of(TRAINING):
+        others = [record.others[name] for name in FASTEST_PEER if name in record.others]
+        kept = [number for other in others if (number := record.kept(other))]
+        ours = record.kept(record.ours)
+        if kept and ours is not None:
+            yield record.case, ours / min(kept)
+
+
+def between_steps(run: Run) -> Measurements:
+    """The dearest neuron-step over the cheapest, among as many of them in few and in many steps."""
+    records = run.of(STEPS)
+    each = [record.seconds / record.info["elements"] for record in records]
+    if len(each) > 1:
+        steps = [record.info["steps"] for record in records]
+        yield f"T = {min(steps)} to {max(steps)}", max(each) / min(each)
+
+
+def between_backends(run: Run) -> Measurements:
+    """The slower of our backends over the faster."""
+    for record in (*run.of(TRAINING), *run.of(INFERENCE), *run.of(BACKWARD)):
+        ratio = record.ratio("ours triton")
+        if ratio:
+            yield f"{record.table.removeprefix('lif, ')} {record.case}", max(ratio, 1 / ratio)
+
+
+def kept_beyond_parameters(run: Run) -> Measurements:
+    for record in run.of(PENALTY):
+        kept = record.kept(record.ours)
+        if kept is not None:
+            yield record.case, kept - 4.0
+
+
+def kernel_launches(run: Run) -> Measurements:
+    for record in run.of(WALL_PENALTY):
+        for key, count in record.info.items():
+            if key.startswith("launches, ") and isinstance(count, int):
+                yield f"{record.case}, {key.removeprefix('launches, ')}", count
+
+
+def wrong_backends(run: Run) -> Measurements:
+    """0 for each variant whose spikes and potentials are those of the CPU, 1 for others."""
+    for record in run.of(BITS):
+        for name in record.info["checked"]:
+            yield f"{record.case}, {name}", 0
+        for name in record.info.get("failed", {}):
+            yield f"{record.case}, {name}", 1
+
+
+FLOAT32, BFLOAT16 = "torch.float32", "torch.bfloat16"
+GPU_TARGETS = (
+    Target("`lif` forward, fraction of copy bandwidth", 0.92, of_copy(INFERENCE), True),
+    Target("`lif` backward, fraction of copy bandwidth", 0.90, of_copy(BACKWARD), True),
+    Target("`lif` time ÷ `torch.relu` time", 1.05, slower_than(TRAINING, "relu")),
+    Target(
+        "SpikingJelly's fastest ÷ `lif`, float32",
+        1.1,
+        times_ours(TRAINING, *FASTEST_PEER, dtype=FLOAT32),
+        True,
+    ),
+    Target(
+        "SpikingJelly's fastest ÷ `lif`, bfloat16",
+        1.5,
+        times_ours(TRAINING, *FASTEST_PEER, dtype=BFLOAT16),
+        True,
+    ),
+    Target("SpikingJelly under AMP ÷ `lif`", 5.0, times_ours(TRAINING, "SpikingJelly AMP"), True),
+    Target("`lif` keeps ÷ SpikingJelly keeps", 0.5, of_peers_memory),
+    Target("`lif` ÷ SpikingJelly's fastest, small layers, time of a call", 0.5, of_peer),
+    Target("`lif`, dearest ÷ cheapest neuron-step", 1.15, between_steps),
+    Target("`lif`, slower ÷ faster of CUDA and Triton", 1.10, between_backends),
+    Target("variants whose bits differ from the CPU's", 0, wrong_backends),
+    Target("`trt_penalty`, kernel launches", 2, kernel_launches),
+    Target(
+        "`trt_penalty` ÷ a copy of its bytes",
+        1.5,
+        lambda run: ((r.case, 1 / r.of_copy) for r in run.of(PENALTY, steps=6)),
+    ),
+    Target(
+        "official loop ÷ `trt_penalty`, time of a call",
+        100.0,
+        times_ours(WALL_PENALTY, "official loop"),
+        True,
+    ),
+    Target("`trt_penalty` keeps beside the parameters, B each", 0, kept_beyond_parameters),
+)

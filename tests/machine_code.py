@@ -1,4 +1,4 @@
-"""Reads the machine code of compiled kernels, with the disassembler that Triton's package carries."""
+"""Reads the machine code of compiled kernels, by the disassembler in Triton's package."""
 
 import re
 import subprocess

@@ -1,25 +1,28 @@
 """The benchmark suite itself: its helper, its baselines and its report."""
 
 import json
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import trt_kernels as tk
-from benchmarks import baselines, networks, peers, report
+from benchmarks import baselines, gpu, networks, peers, report, sanitized
+from benchmarks.clocks import EventClock, GPUClock, HostClock, Replay, WallClock, count_kernels
 from benchmarks.measure import (
     Absent,
     Case,
-    Expected,
-    Mismatch,
-    Step,
     Variant,
     is_due,
     measure,
     optional,
     rounds_within,
 )
+from benchmarks.ours import ours
 from benchmarks.records import read
+from benchmarks.steps import Backward, Expected, Mismatch, Step
 from benchmarks.targets import findings
 
 MEGA = 1 << 20
@@ -95,10 +98,10 @@ def test_refuses_a_wrong_gradient_and_nan():
     expected = Expected(Step(lambda x: x + x, [x], [torch.ones(8)]))
     cut = Step(lambda x: x + x.detach(), [x], [torch.ones(8)])
     with pytest.raises(Mismatch, match="cut: gradient 0: relative error 5"):
-        Variant("cut", cut, expected).first()
+        Variant("cut", cut, expected).first(HostClock())
     nan = Step(lambda x: x + x, [x], [torch.full((8,), torch.nan)])
     with pytest.raises(Mismatch, match="nan: gradient 0"):
-        Variant("nan", nan, expected).first()
+        Variant("nan", nan, expected).first(HostClock())
 
 
 def test_leaves_out_an_optional_variant_that_fails():
@@ -119,6 +122,142 @@ def test_leaves_out_an_optional_variant_that_fails():
     absent = optional("peer", missing)
     assert isinstance(absent, Absent)
     assert "No module named 'peer'" in absent.reason
+
+
+class Event:
+    """Stands in for a GPU's event."""
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+def gpu_clocks():
+    cpu = torch.device("cpu")
+    return EventClock(cpu, Event), WallClock(cpu)
+
+
+def test_gpu_clocks_time_calls_over_rotating_copies():
+    for clock in gpu_clocks():
+        seen = []
+
+        def forward(x, seen=seen):
+            seen.append(x.data_ptr())
+            return 2 * x
+
+        step = Step(forward, [torch.rand(8, requires_grad=True)], [torch.ones(8)])
+        other = Variant("other", Step(lambda x: x + x, step.inputs, step.grads))
+        record = measure(Clock(), make_case(Variant("ours", step, truth(step)), other), 1e-3, clock)
+        assert len(set(seen)) == 16  # small tensors: as many copies as there ever are
+        assert record["device"] == "cpu" and record["clock"] == clock.name
+        assert record["failed"] == {}
+        # As many bytes are copied as are moved.
+        assert record["copy"]["moved"] == record["moved"]
+        assert all(0 < v["median"] < 0.1 for v in record["variants"].values())
+
+
+def test_copies_fill_the_cache_some_times():
+    clock = GPUClock(torch.device("cpu"))
+    assert clock.copies(8) == 16
+    assert clock.copies(64 << 20) == 4
+    assert clock.copies(1 << 30) == 2
+    assert clock.copies(2 << 30) == 1
+    assert clock.copied(5, 8 << 30) == 1 << 30
+    step = Step(torch.add, [torch.rand(3, requires_grad=True), torch.rand(3)])
+    rotation = clock.rotation(step)
+    assert len({s.inputs[0].data_ptr() for s in rotation.steps}) == 16
+    assert all(s.inputs[0].requires_grad for s in rotation.steps)
+    again = clock.rotation(Step(torch.mul, step.inputs))
+    assert again.steps[1].inputs[0] is rotation.steps[1].inputs[0]
+    # A result is kept until its turn comes again.
+    for _ in range(17):
+        rotation()
+    assert len({r.data_ptr() for r in rotation.results}) == 16
+
+
+def test_a_replay_holds_what_it_reads():
+    log = []
+    replay = Replay(SimpleNamespace(replay=lambda: log.append(1)), captured := object())
+    replay()
+    assert log == [1] and replay.captured is captured
+
+
+def test_backward_alone():
+    calls = []
+
+    def forward(x):
+        calls.append(1)
+        return x * x
+
+    x, grad = torch.rand(8, requires_grad=True), torch.rand(8)
+    step = Backward(forward, [x], [grad])
+    for _ in range(3):
+        assert torch.equal(step()[0], 2 * x.detach() * grad)
+    assert len(calls) == 1
+    assert isinstance(step.over([x], [grad]), Backward)
+
+
+def test_part_of_a_result_is_checked():
+    x = torch.rand(2, 100)
+    few = Expected(Step(lambda x: 2 * x, [x[:, :3]]), part=lambda r: r[:, :3])
+    Variant("right", Step(lambda x: x + x, [x]), few).first(HostClock())
+    with pytest.raises(Mismatch, match="wrong: output 0"):
+        Variant("wrong", Step(lambda x: x, [x]), few).first(HostClock())
+
+
+def test_a_gpu_goes_on_without_a_variant_that_fails():
+    x = torch.rand(8, requires_grad=True)
+    right, wrong = doubling([], "right"), doubling([], "wrong", 1e-2)
+
+    def broken(x):
+        raise RuntimeError("no memory\nmore")
+
+    case = make_case(
+        Variant("ours", right, truth(right)),
+        Variant("ours too", wrong, truth(wrong)),
+        Variant("library", wrong, truth(wrong), optional=True),
+        Variant("broken", Step(broken, [x])),
+        Variant("relu", Step(torch.relu, [x])),
+    )
+    record = measure(Clock(), case, 1e-9, WallClock(torch.device("cpu")))
+    assert list(record["variants"]) == ["ours", "relu"]
+    assert record["failed"]["ours too"].startswith("Mismatch: ours too: output 0")
+    assert record["failed"]["broken"] == "RuntimeError: no memory"
+    assert record["skipped"]["library"].startswith("Mismatch")
+    case.ours = Variant("ours", wrong, truth(wrong))
+    with pytest.raises(Mismatch):
+        measure(Clock(), case, 1e-9, WallClock(torch.device("cpu")))
+
+
+def test_ours_on_each_device(monkeypatch):
+    def chosen(device):
+        best, rest = ours(tk.lif, torch.device(device), lambda f: Step(f, []), None)
+        return best.name, [(type(v).__name__, v.name) for v in rest]
+
+    assert chosen("cpu") == ("ours", [])
+    reasons = {"cuda": None, "triton": None}
+    monkeypatch.setattr("trt_kernels.backends.why_not", lambda name, device: reasons[name])
+    assert chosen("cuda") == ("ours cuda", [("Variant", "ours triton")])
+    reasons["cuda"] = "not built"
+    assert chosen("cuda") == ("ours triton", [("Absent", "ours cuda")])
+    reasons["triton"] = "not installed"
+    with pytest.raises(RuntimeError, match="ours cuda: not built; ours triton: not installed"):
+        chosen("cuda")
+
+
+def test_counts_kernels_alone():
+    kinds = torch.autograd.DeviceType
+    events = [
+        SimpleNamespace(device_type=kinds.CUDA, name=name)
+        for name in ("value_kernel", "Memcpy HtoD", "Memset (Device)", "gradient_kernel")
+    ]
+    events.append(SimpleNamespace(device_type=kinds.CPU, name="cudaLaunchKernel"))
+    assert count_kernels(events) == 2
 
 
 def test_slow_variants_get_fewer_rounds():
@@ -186,12 +325,23 @@ def test_losses_match_the_reference(loss, ratio):
     "make,error", ((peers.spikingjelly, 0), (peers.snntorch, 0), (peers.norse, 1e-2))
 )
 def test_peers_match_the_reference(make, error):
+    compare_peer(make, torch.float32, error, error or 1e-6)
+
+
+@pytest.mark.parametrize(
+    "make,error,gradient", ((peers.spikingjelly, 0, 1e-2), (peers.spikingjelly_amp, 0.2, 0.1))
+)
+def test_spikingjelly_in_half_precision(make, error, gradient):
+    compare_peer(make, torch.bfloat16, error, gradient)
+
+
+def compare_peer(make, dtype, error, gradient):
     try:
         forward, same = make()
     except ImportError as missing:
         pytest.skip(str(missing))
-    x, grad = torch.randn(6, 5000, requires_grad=True), torch.randn(6, 5000)
-    expected = Expected(Step(same, [x], [grad]), output=error, gradient=error or 1e-6)
+    x, grad = torch.randn(6, 5000).to(dtype).requires_grad_(), torch.randn(6, 5000).to(dtype)
+    expected = Expected(Step(same, [x], [grad]), output=error, gradient=gradient)
     expected.check("peer", Step(forward, [x], [grad]).results())
 
 
@@ -284,3 +434,192 @@ def test_report_of_nothing_is_an_error(tmp_path):
     path.write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
     with pytest.raises(SystemExit):
         report.main([str(path)])
+
+
+# --- A GPU's targets, and the command that runs everything on one.
+def gpu_record(table, case, ours, others, **about):
+    info = record(table, case, ours, others, device="cuda", clock="events", failed={}, **about)
+    info["variants"] = {
+        "ours cuda" if name == "ours" else name: {**result, "kept": kept}
+        for (name, result), kept in zip(
+            info["variants"].items(), (4 * MEGA, *[8 * MEGA] * len(others)), strict=True
+        )
+    }
+    return {**info, "ours": "ours cuda", "checked": ["ours cuda", *others]}
+
+
+GPU = {"name": "NVIDIA Test", "driver": "580", "torch": "2.11", "cuda": "13.0", "triton": "3.6"}
+
+
+def gpu_json(path):
+    """What `pytest benchmarks --device cuda` writes."""
+    others = {"ours triton": 1.2e-3, "relu": 1e-3, "SpikingJelly triton": 2e-3}
+    cases = [
+        gpu_record(
+            "lif, forward and backward",
+            "(6, 11M) float32",
+            1e-3,
+            others,
+            dtype="torch.float32",
+            steps=6,
+        ),
+        *(
+            gpu_record("lif, more and more steps", f"T = {t}", cost, {"relu": 1e-3}, steps=t)
+            for t, cost in ((4, 1e-3), (1000, 1.3e-3))
+        ),
+        gpu_record(
+            "trt_penalty, wall clock",
+            "ResNet-19, T = 6",
+            1e-4,
+            {"official loop": 2e-2},
+            **{"launches, ours cuda": 2, "launches, ours triton": "the profiler saw no kernel"},
+        ),
+    ]
+    cases[0]["failed"] = {"snnTorch": "RuntimeError: no"}
+    benchmarks = [{"extra_info": info} for info in cases]
+    about = {"datetime": "2026-11-25", "machine_info": {"gpu": GPU}, "benchmarks": benchmarks}
+    path.write_text(json.dumps(about))
+    return path
+
+
+def test_gpu_targets_are_judged_or_said_to_be_unmeasured(tmp_path, results):
+    judged = {}
+    for f in findings(read([gpu_json(tmp_path / "bench0.json")])):
+        judged.setdefault(f.target, []).append((f.value, report.verdict(f)))
+    missed = "**missed**"
+    assert judged["`lif` time ÷ `torch.relu` time"] == [(1.0, "met")]
+    assert judged["SpikingJelly's fastest ÷ `lif`, float32"] == [(2.0, "met")]
+    assert judged["`lif` keeps ÷ SpikingJelly keeps"] == [(0.5, "met")]
+    assert judged["`lif`, dearest ÷ cheapest neuron-step"] == [(pytest.approx(1.3), missed)]
+    assert judged["`lif`, slower ÷ faster of CUDA and Triton"] == [(pytest.approx(1.2), missed)]
+    assert judged["`trt_penalty`, kernel launches"] == [(2, "met")]
+    assert judged["official loop ÷ `trt_penalty`, time of a call"] == [(200.0, "met")]
+    unmeasured = (None, "not measured")
+    assert judged["SpikingJelly under AMP ÷ `lif`"] == [unmeasured]
+    assert judged["`lif` forward, fraction of copy bandwidth"] == [unmeasured]
+    on_cpu = {f.target for f in findings(read([results]))}
+    assert not on_cpu & {"`trt_penalty`, kernel launches", "SpikingJelly under AMP ÷ `lif`"}
+
+
+def python(name, code, seconds=60.0, judge=gpu.judge_benchmarks):
+    return gpu.Stage(name, [sys.executable, "-c", code], seconds, judge)
+
+
+def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1.0)
+    scratch, out = tmp_path / "scratch", tmp_path / "out"
+    scratch.mkdir()
+    gpu_json(scratch / "bench0.json")
+    (scratch / "bench1.json").write_text("{ cut off")
+    interrupted = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')"
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"
+    orphan = "import subprocess; subprocess.Popen(['sleep', '60']); print('left')"
+    together = [
+        gpu.Outcome("memcheck", gpu.UNAVAILABLE, 0.0, "no compute-sanitizer here"),
+        python("initcheck", "print('= Device not supported'); exit(1)", judge=gpu.judge_sanitizer),
+        gpu.Stage("missing", ["/nowhere"], 9.0, gpu.judge_sanitizer),
+    ]
+    alone = [
+        python("good", "print('3 passed')"),
+        python("bad", "print('FAILED x - y'); exit(1)"),
+        python("slow", interrupted, 1.5),
+        python("deaf", deaf, 1.5),
+        python("orphan", orphan),
+    ]
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
+    environment = {"machine": "NVIDIA Test", "date": "2026-11-25", "report": "cuda available"}
+    monkeypatch.setattr(gpu, "describe", lambda: environment)
+    monkeypatch.setattr(gpu, "tests_stage", lambda python, scratch: together[2])
+    monkeypatch.setattr(gpu, "sanitizer_stages", lambda python: together[:2])
+    monkeypatch.setattr(gpu, "benchmark_stages", lambda python, scratch: alone)
+    monkeypatch.setattr(gpu.tempfile, "TemporaryDirectory", lambda prefix: Folder(scratch))
+    began = time.monotonic()
+    assert gpu.main(["--out", str(out)]) == 1
+    assert time.monotonic() - began < 40
+    stages = {s["name"]: s for s in json.loads((out / "results.json").read_text())["stages"]}
+    assert {name: s["status"] for name, s in stages.items()} == {
+        "missing": gpu.FAILED,
+        "memcheck": gpu.UNAVAILABLE,
+        "initcheck": gpu.UNAVAILABLE,
+        "good": gpu.PASSED,
+        "bad": gpu.FAILED,
+        "slow": gpu.TIMED_OUT,
+        "deaf": gpu.TIMED_OUT,
+        "orphan": gpu.PASSED,
+    }
+    assert stages["slow"]["detail"].endswith("saved")
+    names = {"summary.md", "results.json", "log.txt", "lif.png", "steps.png"}
+    assert {path.name for path in out.iterdir()} == names
+    text = (out / "summary.md").read_text()
+    assert "bad: FAILED x - y" in text and "NVIDIA Test" in text
+    assert "snnTorch failed: RuntimeError: no" in text
+    assert "kernel launches of ours triton: the profiler saw no kernel" in text
+    assert "| `trt_penalty`, kernel launches | ResNet-19, T = 6, ours cuda | 2 |" in text
+    assert "not measured" in text and "copy bandwidth" in capsys.readouterr().out
+
+
+class Folder:
+    """Stands in for a temporary directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        return str(self.path)
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_gpu_command_without_a_gpu(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().out.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_command_reads_test_reports(tmp_path):
+    path = tmp_path / "tests.xml"
+    status, detail, _ = gpu.judge_tests(2, "Interrupted\n", path)
+    assert status == gpu.FAILED and detail == "exit status 2, no report; Interrupted"
+    path.write_text(
+        "<testsuites><testsuite><testcase name='a'/><testcase name='b'><skipped message='no 2'/>"
+        "</testcase><testcase name='c'><failure message='assert 1&#10;more'/></testcase>"
+        "</testsuite></testsuites>"
+    )
+    assert gpu.judge_tests(1, "", path) == (
+        gpu.FAILED,
+        "1 passed, 1 failed, 1 skipped",
+        ["failed: c: assert 1", "skipped 1: no 2"],
+    )
+
+
+@pytest.mark.parametrize(
+    "code,line,status",
+    (
+        (0, "ERROR SUMMARY: 0 errors", gpu.PASSED),
+        (9, "ERROR SUMMARY: 3 errors", gpu.FAILED),
+        (0, "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", gpu.PASSED),
+        (0, "RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", gpu.FAILED),
+        (0, "", gpu.FAILED),
+        (1, "Error: Device not supported.", gpu.UNAVAILABLE),
+    ),
+)
+def test_gpu_command_reads_sanitizers(code, line, status):
+    output = f"64 of 64 cases of backend cuda are right\n========= {line}\n"
+    assert gpu.judge_sanitizer(code, output)[0] == status
+
+
+def test_stages_of_the_gpu_command(tmp_path, monkeypatch):
+    stages = gpu.benchmark_stages("python", tmp_path)
+    assert [s.command[-1].split("=")[0] for s in stages] == ["--time-budget"] * len(stages)
+    assert sum(s.seconds for s in stages) + gpu.TESTS_SECONDS <= gpu.LIMIT_SECONDS < 9 * 60
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
+    assert {o.status for o in gpu.sanitizer_stages("python")} == {gpu.UNAVAILABLE}
+
+
+def test_what_the_sanitizers_watch_is_right(capsys):
+    assert sanitized.main("reference", "cpu") == 0
+    assert "cases of backend reference are right" in capsys.readouterr().out

@@ -48,60 +48,68 @@ LOSS = LossOptions(
 )
 
 
-def lif_cases():
+def lif_cases(backend="cpu"):
     for x, time_dim in (
         (torch.randn(4, 6), 0),
+        (torch.randn(2, 20, 3), 1),
         (torch.randn(3, 4, 5).permute(2, 0, 1), 1),
         (torch.randn(4, 6, 2)[..., 0], 0),
         (torch.randn(0, 6), 0),
     ):
-        plain = LIF._replace(time_dim=time_dim)
+        plain = LIF._replace(time_dim=time_dim, backend=backend)
         yield x, None, None, plain
         shape = [n for dim, n in enumerate(x.shape) if dim != time_dim]
         full = plain._replace(phi="trt", delta=0.5, return_state=True, return_potential=True)
         yield x, torch.randn(shape), torch.rand(x.shape[time_dim]), full
 
 
-def test_opcheck_lif():
-    for x, v_init, weight, options in lif_cases():
+def test_opcheck_lif(backend):
+    registered = torch.ops.trt_kernels
+    for x, v_init, weight, options in lif_cases(backend):
         arguments = (x, v_init, weight)
-        opcheck(torch.ops.trt_kernels.lif_forward, (*arguments, *options), test_utils=CHECKS)
+        for for_backward in (False, True):
+            opcheck(registered.lif_forward, (*arguments, for_backward, *options), test_utils=CHECKS)
+        *_, checkpoints = registered.lif_forward(*arguments, True, *options)
+        assert (checkpoints.numel() > 0) == (backend != "cpu" and x.shape[options.time_dim] > 16)
+        checkpoints = checkpoints if checkpoints.numel() else None
         grads = (torch.randn(x.shape), None, None, None)
         if v_init is not None:
             grads = (grads[0], torch.randn(v_init.shape), torch.randn(x.shape), torch.ones(()))
         for needs_v_init in {False, v_init is not None}:
             opcheck(
-                torch.ops.trt_kernels.lif_backward,
-                (*arguments, *grads, needs_v_init, *options),
+                registered.lif_backward,
+                (*arguments, checkpoints, *grads, needs_v_init, *options),
                 test_utils=CHECKS,
             )
 
 
-def test_opcheck_penalty():
+def test_opcheck_penalty(backend):
     params = [torch.randn(5, 3), torch.randn(8, 2)[:, :1], torch.randn(4).double()]
     registered = torch.ops.trt_kernels
-    opcheck(registered.trt_penalty_forward, (params, *PENALTY), test_utils=CHECKS)
+    options = PENALTY._replace(backend=backend)
+    opcheck(registered.trt_penalty_forward, (params, *options), test_utils=CHECKS)
     grad = torch.ones((), dtype=torch.float64)
-    opcheck(registered.trt_penalty_backward, (grad, params, *PENALTY), test_utils=CHECKS)
+    opcheck(registered.trt_penalty_backward, (grad, params, *options), test_utils=CHECKS)
     grads = [torch.randn(p.shape, dtype=p.dtype) for p in params]
-    opcheck(registered.trt_penalty_accumulate, (params, grads, 2.0, *PENALTY), test_utils=CHECKS)
+    opcheck(registered.trt_penalty_accumulate, (params, grads, 2.0, *options), test_utils=CHECKS)
 
 
-def test_opcheck_loss():
+def test_opcheck_loss(backend):
     registered = torch.ops.trt_kernels
     for options, target in (
         (LOSS, torch.tensor([0, 3, 2])),
         (LOSS._replace(time_dim=1, constant=1.0), torch.rand(5, 4)),
     ):
+        options = options._replace(backend=backend)
         logits, class_weight = torch.randn(5, 3, 4), torch.rand(4)
         if options.time_dim:
             class_weight = None
         tensors = (logits, target, class_weight)
         opcheck(registered.temporal_loss_forward, (*tensors, *options), test_utils=CHECKS)
-        _, normalizer = registered.temporal_loss_forward(*tensors, *options)
+        _, normalizer, divisors = registered.temporal_loss_forward(*tensors, *options)
         opcheck(
             registered.temporal_loss_backward,
-            (torch.ones(()), *tensors, normalizer, *options),
+            (torch.ones(()), *tensors, normalizer, divisors, *options),
             test_utils=CHECKS,
         )
 
@@ -109,15 +117,22 @@ def test_opcheck_loss():
 def test_op_and_direct_call_agree():
     """Eager calls bypass the op; both must give the same."""
     for x, v_init, weight, options in lif_cases():
-        direct = ops.lif_forward(x, v_init, weight, options)
-        through_op = torch.ops.trt_kernels.lif_forward(x, v_init, weight, *options)
+        direct = ops.lif_forward(x, v_init, weight, True, options)
+        through_op = torch.ops.trt_kernels.lif_forward(x, v_init, weight, True, *options)
         for a, b in zip(direct, through_op, strict=True):
             assert torch.equal(a, b) if a is not None else b.numel() == 0
 
 
 def test_the_op_refuses_a_weight_without_phi():
     with pytest.raises(ValueError, match="a penalty's weight needs a phi"):
-        torch.ops.trt_kernels.lif_forward(torch.zeros(4, 6), None, torch.ones(4), *LIF)
+        torch.ops.trt_kernels.lif_forward(torch.zeros(4, 6), None, torch.ones(4), False, *LIF)
+
+
+def test_cuda_refuses_a_long_sequence_without_checkpoints(on_host):
+    options = LIF._replace(backend="cuda")
+    x = torch.zeros(17, 3)
+    with pytest.raises(ValueError, match="a sequence of 17 steps needs the forward's checkpoints"):
+        ops.lif_backward(x, None, None, None, (x, None, None, None), False, options)
 
 
 def test_fake_tensors_go_through_the_op():
@@ -132,7 +147,7 @@ def everything(x, v_init, weight, logits, target):
         x,
         v_init=v_init,
         surrogate=tk.Sigmoid(4.0),
-        penalty=tk.MembranePenalty("trt", torch.ones(4)),
+        penalty=tk.MembranePenalty("trt", torch.ones(x.shape[0])),
         return_state=True,
         return_potential=True,
     )
@@ -141,10 +156,16 @@ def everything(x, v_init, weight, logits, target):
     return out.spikes.sum() + out.state.sum() + out.penalty + out.potential.mean() + loss + penalty
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("steps", (4, 20))
+def test_compiles_without_a_graph_break(backend, steps):
     def inputs(batch):
         torch.manual_seed(batch)
-        tensors = [torch.randn(4, batch), torch.randn(batch), torch.randn(7), torch.randn(4, 3, 5)]
+        tensors = [
+            torch.randn(steps, batch),
+            torch.randn(batch),
+            torch.randn(7),
+            torch.randn(4, 3, 5),
+        ]
         return [t.requires_grad_() for t in tensors]
 
     target = torch.tensor([0, 4, 2])
@@ -184,7 +205,7 @@ def test_environment_chooses_the_backend():
     code = "import torch, trt_kernels as tk; tk.lif(torch.zeros(2, 3))"
     for value, expected in (
         ("reference", ""),
-        ("triton", "triton"),
+        ("cuda", "cuda"),
         ("tpu", "TRT_KERNELS_BACKEND: got 'tpu'"),
     ):
         done = subprocess.run(

@@ -447,6 +447,7 @@ void penalty_value(const PenaltySettings& settings, const std::vector<PenaltyTen
   for_all_tables(tensors, [&](auto zero, const auto& table, Index blocks, Index first) {
     using F = decltype(zero);
     constexpr int kTensors = sizeof(table.entries) / sizeof(Entry);
+    const Terms<F> terms = all.make<F>();
     const Partials partials{sums,
                             reinterpret_cast<unsigned*>(space),
                             static_cast<unsigned>(first),
@@ -455,7 +456,7 @@ void penalty_value(const PenaltySettings& settings, const std::vector<PenaltyTen
                             out,
                             out_is_double};
     TRT_LAUNCH("trt_penalty value", (value_kernel<F, kTensors>), blocks, kThreads, 0, queue.stream,
-               table, all.make<F>(), partials);
+               table, terms, partials);
   });
 }
 
@@ -467,8 +468,9 @@ void penalty_gradient(const PenaltySettings& settings, const std::vector<Penalty
   for_all_tables(tensors, [&](auto zero, const auto& table, Index blocks, Index) {
     using F = decltype(zero);
     constexpr int kTensors = sizeof(table.entries) / sizeof(Entry);
+    const Terms<F> terms = all.make<F>();
     TRT_LAUNCH("trt_penalty gradient", (gradient_kernel<F, kTensors>), blocks, kThreads, 0,
-               queue.stream, table, all.make<F>(), factor);
+               queue.stream, table, terms, factor);
   });
 }
 

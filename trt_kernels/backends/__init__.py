@@ -14,12 +14,16 @@ AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 def why_not(backend: str, device: torch.device | None = None) -> str | None:
     """The reason why `backend` cannot serve `device` (None: any of its kind), or None if it can."""
-    if device is not None and SERVES.get(backend, device.type) != device.type:
-        return f"it serves {SERVES[backend]} tensors, got one on {device}"
+    served = SERVES.get(backend)
+    other = device is not None and served is not None and device.type != served
+    one = None if other else device
+    reason = None
     if backend == "cpu":
-        return native.why_no_cpu()
-    if backend == "cuda":
-        return native.why_no_cuda(device)
-    if backend == "triton":
-        return why_no_triton(device)
-    return None
+        reason = native.why_no_cpu()
+    elif backend == "cuda":
+        reason = native.why_no_cuda(one)
+    elif backend == "triton":
+        reason = why_no_triton(one)
+    if reason is None and other:
+        reason = f"it serves {served} tensors, got one on {device}"
+    return reason

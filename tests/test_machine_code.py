@@ -1,0 +1,124 @@
+"""The CUDA kernels as machine code: what can be known of their speed where there is no GPU."""
+
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.machine_code import Kernel, disassemble, dump
+from trt_kernels.backends import native
+
+ARCHITECTURES = ("sm_80", "sm_90")
+# Registers a thread, at most. With as many, an SM of 65,536 holds as many threads as stand beside.
+BUDGET = {
+    r"(forward|backward)_kernel<float, \d, true>": 64,  # 1,024
+    r"(forward|backward)_kernel<float, \d, false>": 96,  # 640
+    r"forward_kernel<(BFloat16|Half), \d, true>": 72,  # 896
+    r"backward_kernel<(BFloat16|Half), \d, true>": 96,  # 640
+    r"(forward|backward)_kernel<(BFloat16|Half), \d, false>": 96,  # 640
+    r"(forward|backward)_kernel<double, \d, \w+>": 128,  # 512
+    r"(penalty|growth|terms)_kernel<\w+>": 64,
+    r"(value|gradient)_kernel<float, \d+>": 80,  # of the penalty and of the loss
+    r"(value|gradient)_kernel<(BFloat16|Half), \d+>": 80,
+    r"(value|gradient)_kernel<double, \d+>": 96,
+    r"nothing\(?\)?": 16,
+}
+FULL = {"float": 4, "double": 2, "BFloat16": 8, "Half": 8}  # elements of a 16-byte access
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+
+
+@cache
+def kernels(architecture) -> list[Kernel]:
+    found = disassemble(Path(native._C.__file__), architecture)
+    assert found, f"nothing is compiled for {architecture}"
+    return found
+
+
+def named(architecture, pattern) -> list[Kernel]:
+    found = [k for k in kernels(architecture) if re.fullmatch(pattern, k.name)]
+    assert found, pattern
+    return found
+
+
+def test_ptx_for_what_comes_after():
+    assert "sm_90.ptx" in dump(Path(native._C.__file__), "-lptx", None)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_and_no_local_memory(architecture):
+    for kernel in kernels(architecture):
+        budgets = [b for pattern, b in BUDGET.items() if re.fullmatch(pattern, kernel.name)]
+        assert budgets, f"no budget for {kernel.name}"
+        assert kernel.registers <= min(budgets), kernel.name
+        # A spill shows as stack, and as loads and stores of local memory.
+        assert kernel.stack == kernel.local == kernel.count("LDL", "STL") == 0, kernel.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("storage", FULL)
+def test_lif_moves_sixteen_bytes_at_a_time(architecture, storage):
+    """Where addresses allow; every access to global memory of the lean kernels."""
+    for direction in ("forward", "backward"):
+        (lean,) = named(architecture, rf"{direction}_kernel<{storage}, {FULL[storage]}, true>")
+        assert lean.count("LDG.E.128") == lean.count("LDG", "LD.E") > 4
+        assert lean.count("STG.E.128") == lean.count("STG", "ST.E") > 0
+        # Potentials of the backward go through shared memory by as much.
+        if direction == "backward":
+            assert lean.count("LDS.128") == lean.count("LDS") > 0
+            assert lean.count("STS.128") == lean.count("STS") > 0
+        (whole,) = named(architecture, rf"{direction}_kernel<{storage}, {FULL[storage]}, false>")
+        for kernel in (lean, whole):
+            loops = kernel.loops()
+            assert any(i.opcode.startswith("STG.E.128") for loop in loops for i in loop)
+            assert any(i.opcode.startswith("LDG.E.128") for loop in loops for i in loop)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_several_timesteps_are_loaded_before_the_first_is_used(architecture):
+    """Four loads stand in a row at least once: nothing between them waits for one."""
+    for storage, width in FULL.items():
+        for direction in ("forward", "backward"):
+            (kernel,) = named(architecture, rf"{direction}_kernel<{storage}, {width}, true>")
+            longest = 0
+            for loop in kernel.loops():
+                pending, run = set(), 0
+                for instruction in loop:
+                    registers = set(re.findall(r"\bR\d+", instruction.text))
+                    if instruction.opcode.startswith("LDG.E.128"):
+                        run += 1
+                        pending |= {re.search(r"R\d+", instruction.text)[0]}
+                        longest = max(longest, run)
+                    elif registers & pending:
+                        pending, run = set(), 0
+            assert longest >= 4, kernel.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_is_contracted_where_a_spike_is_decided(architecture):
+    """The lean kernels, whose charge has no division: a division would bring its own FFMA."""
+    for kernel in named(
+        architecture, r"(forward|backward)_kernel<(float|BFloat16|Half), \d, true>"
+    ):
+        assert kernel.count("FFMA", "HFMA2.BF16", "HFMA2 ") == 0, kernel.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_penalty_moves_sixteen_bytes_and_shares_reciprocals(architecture):
+    for kernel in named(architecture, r"(value|gradient)_kernel<float, (80|800)>"):
+        assert kernel.count("LDG.E.128") >= 4
+        assert kernel.count("STG.E.128") >= (4 if kernel.name.startswith("gradient") else 0)
+    (value,) = named(architecture, r"value_kernel<float, 80>")
+    # A loop over pairs of terms has 8 elements and a reciprocal for each, and little beside.
+    pairs = [loop for loop in value.loops() if sum(i.opcode == "MUFU.RCP" for i in loop) == 8]
+    assert pairs and min(map(len, pairs)) <= 72
+
+
+def test_no_atomics_on_floating_point():
+    for architecture in ARCHITECTURES:
+        for kernel in kernels(architecture):
+            for instruction in kernel.code:
+                if instruction.opcode.startswith(("ATOM", "RED")):
+                    assert ".F" not in instruction.opcode, (kernel.name, instruction.text)
