@@ -95,3 +95,49 @@ def short(name: str) -> str:
     """A demangled kernel without its return type, namespaces and arguments."""
     name = re.sub(r"\(anonymous namespace\)::|trt::(cuda::|device::)?", "", name.strip())
     return re.sub(r"^void |\(.*$", "", name)
+
+
+def resident(registers: int) -> int:
+    """Threads that an SM with 65,536 registers holds at most, in blocks of 128."""
+    of_block = 128 * -(-registers // 8) * 8
+    return min(2048, 65536 // of_block * 128)
+
+
+def table(binary: Path, architecture: str) -> str:
+    """The kernels of one architecture, as Markdown."""
+    head = (
+        "kernel",
+        "registers",
+        "threads an SM",
+        "16-byte loads",
+        "stores",
+        "FFMA",
+        "local memory",
+    )
+    rows = [
+        (
+            f"`{k.name}`",
+            k.registers,
+            resident(k.registers),
+            f"{k.count('LDG.E.128')} of {k.count('LDG')}",
+            f"{k.count('STG.E.128')} of {k.count('STG')}",
+            k.count("FFMA"),
+            k.count("LDL", "STL"),
+        )
+        for k in sorted(disassemble(binary, architecture), key=lambda k: k.name)
+    ]
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+if __name__ == "__main__":
+    from trt_kernels import _C
+
+    print(f"""# The CUDA kernels as machine code, sm_90
+
+Counted, not timed: what the compiler made of each kernel, by `python -m tests.machine_code`
+(nvcc {_C.build_info()["cuda"]}). A `lif` kernel is named by storage type, neurons a thread and
+whether it is lean (a charge without division; spikes and states alone, as in training). Loads and
+stores are counted in the code, all branches together, and not as often as they run.
+""")
+    print(table(Path(_C.__file__), "sm_90"))

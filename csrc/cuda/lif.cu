@@ -296,14 +296,12 @@ struct KnownSurrogate {
   }
 };
 
-// Backward of one step: dv arrives at the potential after the reset and is replaced by dh. The
-// spikes' gradient is `ds` plus `ds_extra`; `detach` takes it no further through the reset.
-template <class F, class Storage, int kWidth>
+// Backward of one step: dv arrives at the potential after the reset and is replaced by dh; ds
+// arrives at the spikes. `detach` takes it no further through the reset.
+template <class F, int kWidth>
 __device__ __forceinline__ void retreat(const Rules<F>& rules, const F (&h)[kWidth],
-                                        const Vector<Storage, kWidth>& ds, F ds_extra, bool detach,
-                                        F (&dv)[kWidth]) {
-  F known[kWidth], arriving[kWidth];
-  unpack(ds, arriving);
+                                        const F (&ds)[kWidth], bool detach, F (&dv)[kWidth]) {
+  F known[kWidth];
   visit_kind(Surrogates(), rules.surrogate, [&](auto surrogate) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
@@ -314,8 +312,8 @@ __device__ __forceinline__ void retreat(const Rules<F>& rules, const F (&h)[kWid
   const auto through = [&](auto reset) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      dv[j] = potential_gradient<decltype(reset), KnownSurrogate>(h[j], arriving[j] + ds_extra,
-                                                                  dv[j], known[j], rules.neuron);
+      dv[j] = potential_gradient<decltype(reset), KnownSurrogate>(h[j], ds[j], dv[j], known[j],
+                                                                  rules.neuron);
     }
   };
   visit_kind(Resets(), rules.reset, [&](auto reset) {
@@ -367,15 +365,19 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage, kLean>)
 
     const auto step = [&](int i, Index index, const Vector<Storage, kWidth>& grad_spikes) {
       const int t = end - 1 - i;
-      F h[kWidth], ds_extra = F(0), scale = F(0);
+      F h[kWidth], ds[kWidth], scale = F(0);
       parked.get(t - begin, h);
+      unpack(grad_spikes, ds);
       if (!kLean && a.grad_penalty) {
         scale = penalty_scale * weight[t];
-        if (rules.potential < 0) ds_extra = scale;
+        if (rules.potential < 0) {
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) ds[j] += scale;
+        }
       }
       // Nothing arrives at an unused last state; times an infinite potential it must stay nothing.
       const bool detach = rules.detach_reset || (t == steps - 1 && !a.grad_state);
-      retreat(rules, h, grad_spikes, ds_extra, detach, dv);
+      retreat(rules, h, ds, detach, dv);
       if constexpr (!kLean) {
         if (a.grad_potential) {
           F extra[kWidth];
