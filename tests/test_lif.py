@@ -436,6 +436,25 @@ def test_the_short_way_gives_the_same(kernels):
             assert torch.equal(a, b)
 
 
+def test_hooks_may_bring_what_is_kept_in_another_order(backend):
+    """As torch.autograd.graph.save_on_cpu does with pinned memory."""
+    for steps, repack in itertools.product(
+        (4, 33), (torch.clone, other_order, torch.Tensor.contiguous)
+    ):
+        base = torch.randn(3, 6, 5, steps)
+        for x in (base.permute(3, 0, 2, 1), base.permute(3, 0, 1, 2).contiguous()):
+            x = x.detach().requires_grad_()
+            expected = torch.autograd.grad(tk.lif(x), x, torch.ones(x.shape))[0]
+            with torch.autograd.graph.saved_tensors_hooks(repack, lambda t: t):
+                out = tk.lif(x)
+            assert torch.equal(torch.autograd.grad(out, x, torch.ones(x.shape))[0], expected)
+
+
+def other_order(kept):
+    """The same values, with the last dimension outermost in memory."""
+    return kept.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
 def test_changing_x_in_place_is_caught():
     x = torch.randn(4, 5, requires_grad=True)
     y = x * 1

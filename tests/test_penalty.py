@@ -161,6 +161,16 @@ def test_in_place_adds_the_gradient(backend, reference):
         assert relative_error(p.grad, new if old is None else old + new) < 1e-6
 
 
+def test_in_place_adds_again_what_comes_again(backend):
+    """A tied weight that is listed twice: no two blocks or threads may share a gradient."""
+    settings = {"steps": 6, "weight": 1e-2, "delta": 0.5}
+    tied, other = torch.randn(50_000, requires_grad=True), torch.randn(7, requires_grad=True)
+    params = [tied, other, tied, tied]
+    tk.trt_penalty_(params, **settings)
+    once = torch.autograd.grad(tk.trt_penalty([tied], **settings), tied)[0]
+    assert relative_error(tied.grad, 3 * once) < 1e-6
+
+
 def test_double_backward_raises(backend):
     w = torch.randn(5, requires_grad=True)
     settings = {"steps": 4, "weight": 1.0, "delta": 0.5}

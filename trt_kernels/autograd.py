@@ -84,7 +84,8 @@ class LIFSpikes(Function):
             single_backward("lif")
         x, *kept = ctx.saved_tensors
         checkpoints = kept[0] if kept else None
-        if x.is_contiguous() and grad.is_contiguous() and ops.is_plain(x, grad):
+        straight = checkpoints is None or checkpoints.is_contiguous()
+        if straight and x.is_contiguous() and grad.is_contiguous() and ops.is_plain(x, grad):
             return ctx.plain.backward(x, checkpoints, grad), None
         grads = (grad, None, None, None)
         options = ctx.plain.options

@@ -367,5 +367,5 @@ _register("temporal_loss_forward", _run_temporal_loss_forward, _fake_temporal_lo
 _register(
     "temporal_loss_backward",
     _run_temporal_loss_backward,
-    lambda grad, logits, *_: torch.empty_like(logits),
+    lambda grad, logits, *_: torch.empty_like(layout.for_loss_gradient(logits)),
 )

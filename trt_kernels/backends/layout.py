@@ -28,15 +28,16 @@ def empty_state(x: Tensor, time_dim: int) -> Tensor:
 
 
 def empty_checkpoints(x: Tensor, options: LIFOptions) -> Tensor | None:
-    """Empty memory for the potentials before steps 16, 32, ...: [segments - 1, neurons].
+    """Empty memory for the potentials before steps 16, 32, ...: segments - 1 states of x.
 
     None where the backward pass needs none: on the CPU, and for a sequence of one segment.
     """
     steps = x.shape[options.time_dim]
     if options.backend == "cpu" or steps <= CHECKPOINT_EVERY:
         return None
-    segments = -(-steps // CHECKPOINT_EVERY)
-    return x.new_empty((segments - 1, x.numel() // steps), dtype=state_dtype(x.dtype))
+    state = empty_state(x, options.time_dim)
+    count = -(-steps // CHECKPOINT_EVERY) - 1
+    return state.new_empty_strided((count, *state.shape), (state.numel(), *state.stride()))
 
 
 def is_dense(x: Tensor) -> bool:
@@ -77,9 +78,7 @@ def fold(x: Tensor, time_dim: int) -> tuple[int, int, int]:
 
 def lif_forward_tensors(
     x: Tensor, v_init: Tensor | None, options: LIFOptions, penalized: bool, for_backward: bool
-) -> tuple[
-    Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]:
+) -> tuple[Tensor, MaybeTensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
     """What the forward pass reads, x and v_init, and what it writes: spikes, and where they are
     wanted state, potential, penalty and checkpoints."""
     time_dim = options.time_dim
@@ -102,15 +101,24 @@ def lif_forward_tensors(
 def lif_backward_tensors(
     x: Tensor,
     v_init: Tensor | None,
+    checkpoints: Tensor | None,
     grads: Sequence[Tensor | None],
     needs_v_init: bool,
     options: LIFOptions,
-) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, Tensor, MaybeTensor]:
-    """What the backward pass reads, x, v_init and the gradients of spikes, state and potential, and
-    what it writes: the gradients of x and, where needed, of v_init."""
+) -> tuple[
+    tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor],
+    tuple[Tensor, MaybeTensor],
+]:
+    """What the backward pass reads, x, v_init, checkpoints and the gradients of spikes, state and
+    potential, and what it writes: the gradients of x and, where needed, of v_init."""
     grad_spikes, grad_state, grad_potential = grads
     if not x.is_contiguous():
         x = dense(x)
+    if checkpoints is not None:
+        # Whoever kept x, a hook of the user's among them, may bring it back in another order.
+        expected = empty_checkpoints(x, options)
+        if expected is not None and checkpoints.stride() != expected.stride():
+            checkpoints = expected.copy_(checkpoints)
     grad_v_init = None
     if v_init is not None or grad_state is not None:
         state = empty_state(x, options.time_dim)
@@ -120,7 +128,8 @@ def lif_backward_tensors(
         grad_spikes = in_layout_of(x, grad_spikes)
     if grad_potential is not None:
         grad_potential = in_layout_of(x, grad_potential)
-    return x, v_init, grad_spikes, grad_state, grad_potential, torch.empty_like(x), grad_v_init
+    reads = (x, v_init, checkpoints, grad_spikes, grad_state, grad_potential)
+    return reads, (torch.empty_like(x), grad_v_init)
 
 
 def sum_dtype(params: Sequence[Tensor]) -> torch.dtype:
@@ -134,11 +143,15 @@ def accumulation(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(parameter, target, gradient): both first dense, of one dtype and in one order of memory.
 
-    A target that is not the gradient itself is a tensor of zeros, to be added to the gradient.
+    A target that is not the gradient itself is a tensor of zeros, to be added to the gradient. No
+    two targets share memory: a gradient that comes again gets such a tensor.
     """
+    seen: set[int] = set()
     for p, g in zip(params, grads, strict=True):
         target = g
-        if g.dtype != p.dtype or not is_dense(p) or p.stride() != g.stride():
+        again = g.data_ptr() in seen
+        seen.add(g.data_ptr())
+        if again or g.dtype != p.dtype or not is_dense(p) or p.stride() != g.stride():
             p = dense(p.to(torch.promote_types(p.dtype, g.dtype)))
             target = torch.zeros_like(p)
         yield p, target, g
@@ -159,6 +172,12 @@ def loss_tensors(
     if class_weight is not None:
         class_weight = class_weight.to(dtype).contiguous()
     return logits, indices, probabilities, class_weight
+
+
+def for_loss_gradient(logits: Tensor) -> Tensor:
+    """Logits as the gradient is written: without overlaps, and with neighbouring classes."""
+    logits = dense(logits)
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 def loss_rows(logits: Tensor, options: LossOptions) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from .layout import (
     dense,
     empty_checkpoints,
     fold,
+    for_loss_gradient,
     lif_backward_tensors,
     lif_forward_tensors,
     loss_rows,
@@ -213,9 +214,10 @@ def lif_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and v_init from those of spikes, state, potential, penalty; None is zero."""
     grad_penalty = grads[3]
-    x, v_init, grad_spikes, grad_state, grad_potential, grad_x, grad_v_init = lif_backward_tensors(
-        x, v_init, grads[:3], needs_v_init, options
+    reads, (grad_x, grad_v_init) = lif_backward_tensors(
+        x, v_init, checkpoints, grads[:3], needs_v_init, options
     )
+    x, v_init, checkpoints, grad_spikes, grad_state, grad_potential = reads
     arguments = (
         *sequence(x, options.time_dim),
         x.data_ptr(),
@@ -378,8 +380,7 @@ def temporal_loss_backward(
     divisors: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
-    # The gradient is written with the strides of the logits, so these must not overlap.
-    tensors = loss_tensors(dense(logits), target, class_weight)
+    tensors = loss_tensors(for_loss_gradient(logits), target, class_weight)
     logits = tensors[0]
     result = torch.empty_like(logits)
     handle = loss_handle(logits, options)

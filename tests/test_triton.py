@@ -1,0 +1,344 @@
+"""What is Triton's own: kernels compiled without a device and read, launches, and who is served.
+
+The tests of the operators run its kernels in Triton's interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import trt_kernels as tk
+from tests.machine_code import disassemble
+from trt_kernels import ops
+from trt_kernels.backends import triton as backend
+from trt_kernels.backends.layout import CHECKPOINT_EVERY
+from trt_kernels.options import LIFOptions, LossOptions, PenaltyOptions
+
+LIF = LIFOptions(
+    time_dim=0,
+    decay=0.5,
+    threshold=1.0,
+    v_reset=0.0,
+    reset="hard",
+    detach_reset=False,
+    surrogate="triangle",
+    surrogate_parameter=1.0,
+    fire_at_threshold=False,
+    charge="decay",
+    phi="",
+    delta=0.0,
+    eps=0.0,
+    return_state=False,
+    return_potential=False,
+    backend="triton",
+)
+PENALTY = PenaltyOptions(steps=6, weight=1e-5, delta=0.25, eps=1e-5, backend="triton")
+LOSS = LossOptions(
+    time_dim=0,
+    entropy_ratio=0.95,
+    square_ratio=0.05,
+    constant=None,
+    label_smoothing=0.0,
+    ignore_index=-100,
+    backend="triton",
+)
+
+# --- In a process of its own, without the interpreter: the operators' own launches, only compiled.
+
+
+class NoDevice:
+    """Takes the place of Triton's driver where there is no device, and says what to compile for."""
+
+    def __init__(self, architecture):
+        from triton.backends.compiler import GPUTarget
+
+        targets = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+        self.target = GPUTarget(*targets[architecture])
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_only(architecture, launched):
+    """From here on a launch compiles its kernel and calls `launched`, with its name and result."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    def launch(kernel, grid):
+        def run(*arguments, **options):
+            result = kernel.run(*arguments, grid=grid, warmup=True, **options)
+            launched(kernel.__name__, result)
+
+        return run
+
+    triton.runtime.driver.set_active(NoDevice(architecture))
+    JITFunction.__getitem__ = launch
+
+
+def run_lif(steps, dtype, *, neurons=4096, full=False, **changed):
+    """Both directions, of spikes alone or of everything that `lif` can return."""
+    from trt_kernels.backends.triton import operators
+
+    options = LIF._replace(**changed)
+    x, state, weight = torch.zeros(steps, neurons, dtype=dtype), None, None
+    grads = [x, None, None, None]
+    if full:
+        options = options._replace(phi="trt", return_state=True, return_potential=True)
+        state, weight = torch.zeros(neurons), torch.ones(steps)
+        grads[1:] = [state, x.float(), torch.ones(())]
+    *_, checkpoints = operators.lif_forward(x, state, weight, True, options)
+    operators.lif_backward(x, state, weight, checkpoints, grads, full, options)
+
+
+def run_penalty(sizes, dtype, scale=1.0, **changed):
+    from trt_kernels.backends.triton import operators
+
+    options = PENALTY._replace(**changed)
+    params = [torch.zeros(size, dtype=dtype) for size in sizes]
+    operators.trt_penalty_forward(params, options)
+    operators.trt_penalty_backward(torch.ones(()), params, options)
+    operators.trt_penalty_accumulate(params, params, scale, options)
+
+
+def run_loss(batch, classes, dtype, *, probabilities=False, **changed):
+    from trt_kernels.backends.triton import operators
+
+    options = LOSS._replace(**changed)
+    logits, target = torch.zeros(6, batch, classes, dtype=dtype), torch.zeros(batch).long()
+    if probabilities:
+        target = torch.zeros(batch, classes)
+    value, *kept = operators.temporal_loss_forward(logits, target, None, options)
+    operators.temporal_loss_backward(value, logits, target, None, *kept, options)
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+CASES = {
+    "lif 6 float32": lambda: run_lif(6, SINGLE),
+    "lif 16 float32": lambda: run_lif(16, SINGLE),
+    "lif 17 float32": lambda: run_lif(17, SINGLE),
+    "lif 6 bfloat16": lambda: run_lif(6, HALF),
+    "lif 16 bfloat16": lambda: run_lif(16, HALF),
+    "lif 17 bfloat16": lambda: run_lif(17, HALF),
+    "full 6 float32": lambda: run_lif(6, SINGLE, full=True, surrogate="sigmoid", reset="soft"),
+    "full 6 bfloat16": lambda: run_lif(6, HALF, full=True, surrogate="atan"),
+    "divide 6 float32": lambda: run_lif(6, SINGLE, charge="divide"),
+    "penalty 42 float32": lambda: run_penalty([9000] * 42, SINGLE),
+    "penalty 3 bfloat16": lambda: run_penalty([9000] * 3, HALF),
+    "loss 100 float32": lambda: run_loss(64, 100, SINGLE),
+    "loss 1024 bfloat16": lambda: run_loss(64, 1024, HALF, label_smoothing=0.1),
+    "loss 1024 float32": lambda: run_loss(64, 1024, SINGLE, probabilities=True),
+}
+
+
+def compile_cases(architecture, folder):
+    """Writes every kernel of CASES as `case kernel.extension`."""
+    extensions = ("cubin", "ptx") if architecture == "sm_90" else ("amdgcn",)
+    results = {}
+    compile_only(architecture, results.__setitem__)
+    for case, run in CASES.items():
+        run()
+        for kernel, result in results.items():
+            for extension in extensions:
+                content = result.asm[extension]
+                binary = content if isinstance(content, bytes) else content.encode()
+                (Path(folder) / f"{case} {kernel}.{extension}").write_bytes(binary)
+        results.clear()
+
+
+def count_compilations(architecture, folder):
+    """Writes how many kernels a change of sizes and settings adds, which must be none."""
+    results = set()
+    compile_only(architecture, lambda kernel, result: results.add((kernel, result.hash)))
+    added = {}
+
+    def add(change, before, after):
+        before()
+        known = len(results)
+        after()
+        added[change] = len(results) - known
+
+    add("batch", lambda: run_lif(2, SINGLE), lambda: run_lif(2, SINGLE, neurons=80000))
+    add("threshold", lambda: None, lambda: run_lif(2, SINGLE, threshold=0.9, decay=0.3))
+    add("segments", lambda: run_lif(17, SINGLE), lambda: run_lif(65, SINGLE))
+    add(
+        "weights",
+        lambda: run_penalty([1000, 7], SINGLE),
+        lambda: run_penalty([9000, 160], SINGLE, steps=10, delta=0.5, scale=3.0),
+    )
+    add("samples", lambda: run_loss(64, 10, SINGLE), lambda: run_loss(33, 10, SINGLE))
+    (Path(folder) / "added.json").write_text(json.dumps(added))
+
+
+def in_own_process(function, architecture, folder):
+    """Runs a function of this module where Triton compiles."""
+    code = f"from tests.test_triton import {function} as f; f({architecture!r}, {str(folder)!r})"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:triton", "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- What that process wrote.
+
+# Registers a thread, for kernels of 128 threads: 168 leave three blocks a multiprocessor.
+BUDGET = {
+    "lif 6 float32 forward_kernel": 48,
+    "lif 6 float32 backward_kernel": 96,
+    "lif 16 float32 forward_kernel": 64,
+    "lif 16 float32 backward_kernel": 168,
+    "lif 17 float32 forward_kernel": 80,
+    "lif 17 float32 backward_kernel": 224,
+    "lif 6 bfloat16 forward_kernel": 64,
+    "lif 6 bfloat16 backward_kernel": 128,
+    "lif 16 bfloat16 forward_kernel": 64,
+    "lif 16 bfloat16 backward_kernel": 168,
+    "lif 17 bfloat16 forward_kernel": 80,
+    "lif 17 bfloat16 backward_kernel": 224,
+    "penalty 42 float32 value_kernel": 96,
+    "penalty 42 float32 gradient_kernel": 96,
+}
+
+
+# A thread owns four neurons of half precision, not eight, where it parks so many steps.
+NARROW = ("lif 16 bfloat16 backward_kernel", "lif 17 bfloat16 backward_kernel")
+
+
+def test_machine_code_of_sm_90(tmp_path):
+    in_own_process("compile_cases", "sm_90", tmp_path)
+    kernels = {path.stem: disassemble(path)[0] for path in tmp_path.glob("*.cubin")}
+    assert len(kernels) == 2 * 9 + 2 + 2 * 3 + 3 * 3  # and the sums of penalties
+    for name, kernel in kernels.items():
+        assert kernel.stack == kernel.local == kernel.count("LDL", "STL") == 0, name
+        assert kernel.registers <= BUDGET.get(name, 168), (name, kernel.registers)
+        loads = [i.opcode for i in kernel.code if i.opcode.startswith("LDG")]
+        stores = [i.opcode for i in kernel.code if i.opcode.startswith("STG")]
+        case = name.split()[0]
+        if case == "lif":
+            widths = (".64", ".128") if name in NARROW else (".128",)
+            assert loads and all(any(w in i for w in widths) for i in loads), name
+            assert stores and all(any(w in i for w in widths) for i in stores), name
+        if case in ("lif", "full"):
+            # A spike is decided without contraction; only the IEEE division of "divide" has FFMA.
+            assert kernel.count("FFMA") == 0, name
+        if case == "penalty" and "sum" not in name:
+            assert any(".128" in i for i in loads), name
+            assert "gradient" not in name or any(".128" in i for i in stores), name
+    for direction in ("forward", "backward"):
+        text = (tmp_path / f"divide 6 float32 {direction}_kernel.ptx").read_text()
+        assert "div.rn.f32" in text and "fma.rn.f32" not in text
+
+
+def test_compiles_for_gfx942(tmp_path):
+    in_own_process("compile_cases", "gfx942", tmp_path)
+    texts = {path.stem: path.read_text() for path in tmp_path.glob("*.amdgcn")}
+    assert len(texts) == 2 * 9 + 2 + 2 * 3 + 3 * 3
+    for name, text in texts.items():
+        # Scalar registers may spill: into lanes of vector registers, not into memory.
+        assert ".vgpr_spill_count: 0" in text, name
+        if name.startswith("lif"):
+            width = "dwordx2" if name in NARROW else "dwordx4"
+            assert f"global_load_{width}" in text or f"buffer_load_{width}" in text, name
+        if name.startswith("lif") and "forward" in name:  # AMD's divisions contain some
+            assert "v_fma_f32" not in text and "v_fmac_f32" not in text, name
+
+
+def test_other_sizes_and_settings_compile_nothing_new(tmp_path):
+    in_own_process("count_compilations", "sm_90", tmp_path)
+    added = json.loads((tmp_path / "added.json").read_text())
+    assert added == dict.fromkeys(("batch", "threshold", "segments", "weights", "samples"), 0)
+
+
+def test_tensors_share_launches():
+    from trt_kernels.backends.triton.penalty import MOST_TENSORS, TILES, groups
+
+    tensors = [torch.zeros(size) for size in [100_000, 0, 5, 64 * TILES] * 20]
+    tensors += [t.half() for t in tensors[:20]]
+    dealt = list(groups(tensors, 64))
+    assert len(dealt) == 2 and len(dealt[0].members) == 60 <= MOST_TENSORS
+    members = [i for group in dealt for i in group.members]
+    assert sorted(members) == [i for i, t in enumerate(tensors) if t.numel()]
+    for group in dealt:
+        assert len({tensors[i].dtype for i in group.members}) == 1
+        ends = [*group.firsts[1:], float(group.programs)]
+        for i, first, end, whole, tail in zip(
+            group.members, group.firsts, ends, group.wholes, group.tails, strict=True
+        ):
+            assert end - first == whole + (tail > 0)
+            assert whole * 64 * TILES + tail == tensors[i].numel()
+    many = list(groups([torch.zeros(1)] * (2 * MOST_TENSORS + 1), 64))
+    assert [len(group.members) for group in many] == [MOST_TENSORS, MOST_TENSORS, 1]
+
+
+def test_a_program_finds_its_tensor():
+    """Tensors shorter and longer than a program's part, more than one launch takes."""
+    sizes = [1, 40_000, 3, 70_001, 16, 65_536, 5] * 10
+    params = [torch.full((size,), float(i + 1)) for i, size in enumerate(sizes)]
+    params = [p.requires_grad_() for p in params]
+    value = tk.trt_penalty(params, steps=1, weight=1.0, delta=0.5, backend="triton")
+    expected = sum(size * (i + 1) ** 2 for i, size in enumerate(sizes))
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-6)
+    for p, grad in zip(params, torch.autograd.grad(value, params), strict=True):
+        assert torch.equal(grad, 2 * p.detach())
+
+
+def test_long_sequences_over_several_programs():
+    """Checkpoints of [outer][steps][inner], before a last segment that is whole, and one not."""
+    for steps in (CHECKPOINT_EVERY, 2 * CHECKPOINT_EVERY, 2 * CHECKPOINT_EVERY + 3):
+        x = torch.randn(5, steps, 7, requires_grad=True)
+        grad = torch.randn(5, steps, 7)
+        out = [tk.lif(x, time_dim=1, backend=name) for name in ("triton", "reference")]
+        assert torch.equal(*out)
+        ours, theirs = (torch.autograd.grad(o, x, grad)[0] for o in out)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture
+def forgetting():
+    """What was remembered about backends is forgotten before the test and after it."""
+    for _ in range(2):
+        backend.why_no_triton.cache_clear()
+        ops._resolve.cache_clear()
+        tk.functional._checked.clear()
+        if _ == 0:
+            yield
+
+
+def test_without_triton(monkeypatch, forgetting):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match=r"lif: backend 'triton' .*: pip install triton"):
+        tk.lif(torch.zeros(2, 3), backend="triton")
+
+
+def test_without_a_gpu(monkeypatch, forgetting):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.why_no_triton() == "no GPU that this PyTorch can use"
+
+
+def test_a_gpu_too_old(monkeypatch, forgetting):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
+    assert "Tesla P100 has compute capability 6.0" in str(backend.why_no_triton())
+    backend.why_no_triton.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert backend.why_no_triton() is None
