@@ -243,10 +243,8 @@ PYBIND11_MODULE(TRT_KERNELS_MODULE, module, py::mod_gil_not_used()) {
           },
           release())
 #ifdef TRT_KERNELS_CUDA
-      .def("cuda_workspace",
-           [](const trt::PenaltySettings& self, const std::vector<PenaltyRow>& rows) {
-             return trt::cuda::penalty_workspace(self, penalty_tensors(rows));
-           })
+      .def("cuda_value_workspace", &trt::cuda::penalty_value_workspace)
+      .def("cuda_gradient_workspace", &trt::cuda::penalty_gradient_workspace)
       .def(
           "cuda_value",
           [](const trt::PenaltySettings& self, const std::vector<PenaltyRow>& rows,

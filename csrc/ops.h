@@ -137,7 +137,9 @@ std::int64_t lif_backward_workspace(const LIFSettings&, const LIFShape&);
 void lif_forward(const LIFSettings&, const LIFForward&, const Queue&);
 void lif_backward(const LIFSettings&, const LIFBackward&, const Queue&);
 // `out` and `upstream` are scalars of type `dtype` on the device; a null `upstream` is 1.
-std::int64_t penalty_workspace(const PenaltySettings&, const std::vector<PenaltyTensor>&);
+std::int64_t penalty_value_workspace(const PenaltySettings&, std::int64_t elements,
+                                     std::int64_t tensors);
+std::int64_t penalty_gradient_workspace(const PenaltySettings&);
 void penalty_value(const PenaltySettings&, const std::vector<PenaltyTensor>&, DType dtype,
                    void* out, const Queue&);
 void penalty_gradient(const PenaltySettings&, const std::vector<PenaltyTensor>&, double scale,

@@ -90,6 +90,7 @@ def test_matches_reference_for_every_shape_and_dtype(shape, time_dim, dtype, ker
 
 @pytest.mark.parametrize("steps", (100, 1000))
 def test_long_sequences(steps, backend):
+    steps = min(steps, 170) if backend == "triton" else steps  # its interpreter is slow
     compare(inputs_of((steps, 300), 0), decay=0.9)
     compare(inputs_of((3, steps, 50), 1), decay=0.9, time_dim=1, reset="soft")
 
@@ -405,12 +406,12 @@ def test_keeps_one_tensor_like_x(dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_long_sequence_keeps_a_state_every_16_steps_on_a_gpu(dtype, backend):
-    x = torch.randn(1000, 30).to(dtype).requires_grad_()
+    x = torch.randn(100, 30).to(dtype).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         tk.lif(x)
     state = 8 if dtype == torch.float64 else 4
-    extra = 0 if backend == "cpu" else 62 * 30 * state
+    extra = 0 if backend == "cpu" else 6 * 30 * state
     assert sum(t.nbytes for t in kept if t is not None) == x.nbytes + extra
     with torch.no_grad():
         kept.clear()

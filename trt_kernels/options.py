@@ -86,6 +86,8 @@ class MembranePenalty:
             factor on the potential), "range" (min(|h|, |1-h|)², RMP-Loss), "spike" (s, firing rate;
             its gradient goes through the surrogate).
         weight: [T] floating tensor, or a sequence of T floats; any schedule. Not differentiable.
+            From the CPU it is copied to a GPU at every call, which a CUDA graph cannot capture:
+            give a tensor on x's device there.
         delta: δ >= 0 of "trt".
         eps: ε >= 0 of "trt".
 

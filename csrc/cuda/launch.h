@@ -23,7 +23,7 @@ namespace trt {
 namespace cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 128;       // of a block: small enough that many blocks share an SM
-constexpr int kRowThreads = 512;    // of a block that takes a long row
+constexpr int kRowThreads = 256;    // of a block that takes a long row
 constexpr int kMostThreads = 1024;  // of a block that works alone
 }  // namespace cuda
 }  // namespace trt
@@ -34,6 +34,7 @@ namespace cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report this one
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 

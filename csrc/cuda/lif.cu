@@ -24,8 +24,10 @@ namespace {
 
 using Index = std::int64_t;
 
-// Steps whose loads are issued before the first is used, to hide the latency of memory.
-constexpr int kAhead = 4;
+// Steps whose loads are issued before the first is used, to hide the latency of memory: more, where
+// a load is small.
+template <class Storage, int kWidth>
+constexpr int kAhead = kWidth * sizeof(Storage) <= 4 ? 8 : 4;
 
 // Blocks that an SM must have registers for: these many ask for enough memory at once, and given
 // fewer registers some of the kernels spill.
@@ -96,6 +98,7 @@ template <int kWidth, class Storage, class Function>
 __device__ __forceinline__ void for_steps(const void* data, Index index, Index stride, int count,
                                           Function&& f) {
   using Elements = Vector<Storage, kWidth>;
+  constexpr int kAhead = cuda::kAhead<Storage, kWidth>;
   Elements ahead[kAhead] = {};
   Index next = index;
   for (int first = 0; first < count; first += kAhead) {
@@ -234,6 +237,7 @@ template <class F>
 __global__ void __launch_bounds__(kMostThreads)
     penalty_kernel(const double* partial, Index blocks, int parts, Index neurons, F* penalty) {
   double sum = 0;
+#pragma unroll 4
   for (Index first = static_cast<Index>(threadIdx.x) * parts; first < blocks;
        first += static_cast<Index>(kMostThreads) * parts) {
     double of_granule[kMostWidth];

@@ -18,6 +18,7 @@ using Index = std::int64_t;
 
 constexpr Index kWarpClasses = 32 * kWarp;  // the longest row of a warp
 constexpr Index kMostBlocks = 1024;         // of the value, whose last block sums over all of them
+constexpr int kTogether = 8;                // logits of a thread that are loaded before one is used
 
 template <class F>
 constexpr F kInfinity = std::numeric_limits<F>::infinity();
@@ -42,14 +43,17 @@ struct LogSum {
   F largest = -kInfinity<F>;
   F scaled = F(0);
 
-  __device__ __forceinline__ void add(F logit) {
-    if (logit > largest) {
-      scaled = scaled * exp_nonpositive(largest - logit) + F(1);
-      largest = logit;
-    } else {
-      // Nothing is added by minus infinity; beside no larger logit, exp would make NaN of it.
-      scaled += logit == -kInfinity<F> ? F(0) : exp_nonpositive(logit - largest);
-    }
+  // Minus infinity adds nothing.
+  __device__ __forceinline__ void add(const F (&logits)[kTogether]) {
+    F above = largest;
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) above = logits[k] > above ? logits[k] : above;
+    // Less itself, minus infinity would be NaN; where there is nothing else, exp takes it as it is.
+    const F shift = above == -kInfinity<F> ? F(0) : above;
+    scaled = scaled_to(above);
+    largest = above;
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) scaled += exp_nonpositive(logits[k] - shift);
   }
 
   // Equal to exp(largest - above), for minus infinity as well.
@@ -165,6 +169,22 @@ class Target {
   bool to_constant_, ignored_, invalid_;
 };
 
+// The logits of classes c, c + kRowThreads, ..., minus infinity beyond the last. All loads are
+// issued before one is used, and before anything is stored.
+template <int kRowThreads, class Storage>
+__device__ __forceinline__ void load_logits(const Storage* logits, Index c, Index classes,
+                                            State<Storage> (&to)[kTogether]) {
+  Storage loaded[kTogether];
+#pragma unroll
+  for (int k = 0; k < kTogether; ++k) {
+    if (c + k * kRowThreads < classes) loaded[k] = logits[c + k * kRowThreads];
+  }
+#pragma unroll
+  for (int k = 0; k < kTogether; ++k) {
+    to[k] = c + k * kRowThreads < classes ? load(loaded[k]) : -kInfinity<State<Storage>>;
+  }
+}
+
 template <class Storage>
 __device__ __forceinline__ Index row_start(const LossSettings& s, Index row) {
   return row / s.batch * s.step_stride + row % s.batch * s.batch_stride;
@@ -190,19 +210,25 @@ __device__ __forceinline__ void add_row(const LossSettings& s, const LossTensors
     const bool by_shares = s.entropy_ratio != 0 && !target.is_label();
     LogSum<F> log_sum;
     double shares = 0, shared = 0, square = 0;
-#pragma unroll 4
-    for (Index c = lane; c < s.classes; c += kRowThreads) {
-      const F logit = load(logits[c]);
-      log_sum.add(logit);
-      if (s.square_ratio != 0) {
-        const F distance = logit - target.compared(c);
-        square += static_cast<double>(distance * distance);
-      }
-      if (by_shares) {
-        // A share of 0 is left out, so that a logit of minus infinity costs nothing there.
-        const F share = target.share(c);
-        shares += static_cast<double>(share);
-        if (share != F(0)) shared += static_cast<double>(share) * static_cast<double>(logit);
+    for (Index first = lane; first < s.classes; first += kRowThreads * kTogether) {
+      F batch[kTogether];
+      load_logits<kRowThreads>(logits, first, s.classes, batch);
+      log_sum.add(batch);
+      if (s.square_ratio == 0 && !by_shares) continue;
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const Index c = first + k * kRowThreads;
+        if (c >= s.classes) break;
+        if (s.square_ratio != 0) {
+          const F distance = batch[k] - target.compared(c);
+          square += static_cast<double>(distance * distance);
+        }
+        if (by_shares) {
+          // A share of 0 is left out, so that a logit of minus infinity costs nothing there.
+          const F share = target.share(c);
+          shares += static_cast<double>(share);
+          if (share != F(0)) shared += static_cast<double>(share) * static_cast<double>(batch[k]);
+        }
       }
     }
     normalizer = join_row<kRowThreads>(log_sum);
@@ -248,10 +274,14 @@ __device__ __forceinline__ double mean(double ratio, double sum, double divisor,
 template <class Storage, int kRowThreads>
 constexpr int kBlockThreads = kRowThreads == kWarp ? kThreads : kRowThreads;
 
-// `partial` has the sums of every block; `arrived` counts them.
+// Blocks of long rows that an SM must have registers for, to have enough loads in flight.
+template <class Storage>
+constexpr int kLeastBlocks = sizeof(Storage) == 8 ? 1 : 3;
+
+// `partial` [2][blocks] has the sums of every block; `arrived` counts the blocks.
 template <class Storage, int kRowThreads>
-__global__ void __launch_bounds__(kBlockThreads<Storage, kRowThreads>, 1)
-    value_kernel(const LossSettings s, const LossTensors a, Sums* partial, unsigned* arrived,
+__global__ void __launch_bounds__(kBlockThreads<Storage, kRowThreads>, kLeastBlocks<Storage>)
+    value_kernel(const LossSettings s, const LossTensors a, double* partial, unsigned* arrived,
                  State<Storage>* out) {
   using F = State<Storage>;
   constexpr int kBlock = kBlockThreads<Storage, kRowThreads>;
@@ -265,17 +295,12 @@ __global__ void __launch_bounds__(kBlockThreads<Storage, kRowThreads>, 1)
   const double entropy = sum_block<kBlock>(lane == 0 ? sums.entropy : 0.0);
   const double square = sum_block<kBlock>(lane == 0 ? sums.square : 0.0);
   if (threadIdx.x == 0) {
-    partial[blockIdx.x].entropy = entropy;
-    partial[blockIdx.x].square = square;
+    partial[blockIdx.x] = entropy;
+    partial[gridDim.x + blockIdx.x] = square;
   }
   if (!is_last_block(arrived, gridDim.x)) return;
-  Sums all;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += kBlock) {
-    all.entropy += partial[i].entropy;
-    all.square += partial[i].square;
-  }
-  all.entropy = sum_block<kBlock>(all.entropy);
-  all.square = sum_block<kBlock>(all.square);
+  const Sums all{sum_all<kBlock>(partial, gridDim.x),
+                 sum_all<kBlock>(partial + gridDim.x, gridDim.x)};
   const Sums by = divisors<F, kBlock>(s, a);
   if (threadIdx.x != 0) return;
   const double steps = static_cast<double>(s.steps);
@@ -309,16 +334,21 @@ __global__ void __launch_bounds__(kBlockThreads<Storage, kRowThreads>)
   const F square_scale = static_cast<F>(mean(s.square_ratio, from_above, by[1], steps));
   const F normalizer = static_cast<const F*>(a.log_normalizer)[row];
   const F all_shares = entropy_scale != F(0) ? target.template all_shares<kRowThreads>(lane) : F(0);
-#pragma unroll 4
-  for (Index c = lane; c < s.classes; c += kRowThreads) {
-    const F logit = load(logits[c]);
-    F sum = F(0);
-    // A term of weight 0 is left out: infinite logits would make NaN of it.
-    if (entropy_scale != F(0)) {
-      sum += entropy_scale * entropy_gradient(logit, normalizer, target.share(c), all_shares);
+  for (Index first = lane; first < s.classes; first += kRowThreads * kTogether) {
+    F batch[kTogether];
+    load_logits<kRowThreads>(logits, first, s.classes, batch);
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const Index c = first + k * kRowThreads;
+      if (c >= s.classes) break;
+      F sum = F(0);
+      // A term of weight 0 is left out: infinite logits would make NaN of it.
+      if (entropy_scale != F(0)) {
+        sum += entropy_scale * entropy_gradient(batch[k], normalizer, target.share(c), all_shares);
+      }
+      if (square_scale != F(0)) sum += square_scale * square_gradient(batch[k], target.compared(c));
+      store(&to[c], sum);
     }
-    if (square_scale != F(0)) sum += square_scale * square_gradient(logit, target.compared(c));
-    store(&to[c], sum);
   }
 }
 
@@ -339,7 +369,7 @@ constexpr Index kArrivedBytes = sizeof(double);
 }  // namespace
 
 std::int64_t loss_workspace(const LossSettings&) {
-  return kArrivedBytes + kMostBlocks * static_cast<Index>(sizeof(Sums));
+  return kArrivedBytes + 2 * kMostBlocks * static_cast<Index>(sizeof(double));
 }
 
 void loss_value(const LossSettings& s, const LossTensors& a, void* out, const Queue& queue) {
@@ -355,7 +385,7 @@ void loss_value(const LossSettings& s, const LossTensors& a, void* out, const Qu
     const Index wanted = ceil_div(s.steps * s.batch, kBlock / kOfRow);
     const Index blocks = std::max<Index>(1, std::min(wanted, kMostBlocks));
     TRT_LAUNCH("temporal_loss value", (value_kernel<Storage, kOfRow>), blocks, kBlock, 0,
-               queue.stream, s, a, reinterpret_cast<Sums*>(space + kArrivedBytes),
+               queue.stream, s, a, reinterpret_cast<double*>(space + kArrivedBytes),
                reinterpret_cast<unsigned*>(space), static_cast<State<Storage>*>(out));
   });
 }

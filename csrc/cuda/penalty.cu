@@ -114,45 +114,62 @@ __device__ __forceinline__ void sum_terms(const Terms<F>& terms, const F (&w)[kE
   }
 }
 
-// A tile's elements of this thread, `count` of them: all, in 16-byte accesses, where kAll. Those
-// beyond the tensor's end are 0, which adds nothing.
+// Neighbouring elements that one access moves. A thread's accesses of a tile lie a block apart, so
+// that those of neighbouring threads are neighbours.
+template <class Storage>
+constexpr int kNeighbours = Access<Storage, kElements>::kElements;
+
+// Where element j of a thread is, from its first one.
+template <class Storage>
+__device__ __forceinline__ constexpr int place_of(int j) {
+  constexpr int kMost = kNeighbours<Storage>;
+  return j / kMost * (kMost * kThreads) + j % kMost;
+}
+
+// A thread's elements of a tile: all, in 16-byte accesses, where kAll, or those before `left`. The
+// others are 0, which adds nothing.
 template <bool kAll, class Storage>
-__device__ __forceinline__ void load_elements(const Storage* from, Index count,
+__device__ __forceinline__ void load_elements(const Storage* from, Index left,
                                               State<Storage> (&to)[kElements]) {
-  constexpr int kMost = Access<Storage, kElements>::kElements;
+  constexpr int kMost = kNeighbours<Storage>;
   if constexpr (kAll) {
 #pragma unroll
-    for (int i = 0; i < kElements; i += kMost) {
-      const auto vector = *reinterpret_cast<const Vector<Storage, kMost>*>(from + i);
+    for (int j = 0; j < kElements; j += kMost) {
+      const auto vector =
+          *reinterpret_cast<const Vector<Storage, kMost>*>(from + place_of<Storage>(j));
       State<Storage> part[kMost];
       unpack(vector, part);
 #pragma unroll
-      for (int j = 0; j < kMost; ++j) to[i + j] = part[j];
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kElements; ++j) to[j] = j < count ? load(from[j]) : State<Storage>(0);
-  }
-}
-
-template <bool kAll, class Storage>
-__device__ __forceinline__ void store_elements(Storage* to, Index count,
-                                               const State<Storage> (&from)[kElements]) {
-  constexpr int kMost = Access<Storage, kElements>::kElements;
-  if constexpr (kAll) {
-#pragma unroll
-    for (int i = 0; i < kElements; i += kMost) {
-      State<Storage> part[kMost];
-#pragma unroll
-      for (int j = 0; j < kMost; ++j) part[j] = from[i + j];
-      Vector<Storage, kMost> vector;
-      pack(part, vector);
-      *reinterpret_cast<Vector<Storage, kMost>*>(to + i) = vector;
+      for (int i = 0; i < kMost; ++i) to[j + i] = part[i];
     }
   } else {
 #pragma unroll
     for (int j = 0; j < kElements; ++j) {
-      if (j < count) store(&to[j], from[j]);
+      const int place = place_of<Storage>(j);
+      to[j] = place < left ? load(from[place]) : State<Storage>(0);
+    }
+  }
+}
+
+template <bool kAll, class Storage>
+__device__ __forceinline__ void store_elements(Storage* to, Index left,
+                                               const State<Storage> (&from)[kElements]) {
+  constexpr int kMost = kNeighbours<Storage>;
+  if constexpr (kAll) {
+#pragma unroll
+    for (int j = 0; j < kElements; j += kMost) {
+      State<Storage> part[kMost];
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) part[i] = from[j + i];
+      Vector<Storage, kMost> vector;
+      pack(part, vector);
+      *reinterpret_cast<Vector<Storage, kMost>*>(to + place_of<Storage>(j)) = vector;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kElements; ++j) {
+      const int place = place_of<Storage>(j);
+      if (place < left) store(&to[place], from[j]);
     }
   }
 }
@@ -172,16 +189,18 @@ __device__ __forceinline__ int find_tensor(const Table<kTensors>& table) {
   return low;
 }
 
-// f(whether 16-byte accesses serve, index of this thread's elements, how many are left) for every
-// tile of this block's chunk.
-template <class Function>
+// f(whether 16-byte accesses serve, index of this thread's first element, elements from there on)
+// for every tile of this block's chunk.
+template <class Storage, class Function>
 __device__ __forceinline__ void for_tiles(const Entry& entry, Function&& f) {
+  constexpr int kSpan = place_of<Storage>(kElements - 1) + 1;
   const Index begin = static_cast<Index>(blockIdx.x - entry.first_chunk) * kChunk;
 #pragma unroll 1
   for (int tile = 0; tile < kTiles; ++tile) {
-    const Index index = begin + tile * kTile + static_cast<Index>(threadIdx.x) * kElements;
+    const Index index =
+        begin + tile * kTile + static_cast<Index>(threadIdx.x) * kNeighbours<Storage>;
     const Index left = entry.size - index;
-    if (entry.in_vectors && left >= kElements) {
+    if (entry.in_vectors && left >= kSpan) {
       f(std::true_type(), index, left);
     } else if (left > 0) {
       f(std::false_type(), index, left);
@@ -209,7 +228,7 @@ __device__ __forceinline__ double chunk_value(const Terms<State<Storage>>& terms
   using F = State<Storage>;
   double total = 0;
   const Storage* weight = static_cast<const Storage*>(entry.weight);
-  for_tiles(entry, [&](auto all, Index index, Index left) {
+  for_tiles<Storage>(entry, [&](auto all, Index index, Index left) {
     F w[kElements], sum[kElements];
     load_elements<decltype(all)::value>(weight + index, left, w);
     sum_terms<false>(terms, w, sum);
@@ -242,9 +261,7 @@ __global__ void __launch_bounds__(kThreads)
   sum = sum_block<kThreads>(sum);
   if (threadIdx.x == 0) partials.sums[partials.first + blockIdx.x] = sum;
   if (!is_last_block(partials.arrived, partials.all)) return;
-  double total = 0;
-  for (unsigned i = threadIdx.x; i < partials.all; i += kThreads) total += partials.sums[i];
-  total = partials.scale * sum_block<kThreads>(total);
+  const double total = partials.scale * sum_all<kThreads>(partials.sums, partials.all);
   if (threadIdx.x != 0) return;
   if (partials.out_is_double) {
     *static_cast<double*>(partials.out) = total;
@@ -279,7 +296,7 @@ __global__ void __launch_bounds__(kThreads)
     using Storage = decltype(storage);
     const Storage* weight = static_cast<const Storage*>(entry.weight);
     Storage* grad = static_cast<Storage*>(entry.grad);
-    for_tiles(entry, [&](auto all, Index index, Index left) {
+    for_tiles<Storage>(entry, [&](auto all, Index index, Index left) {
       constexpr bool kAll = decltype(all)::value;
       F w[kElements], sum[kElements];
       load_elements<kAll>(weight + index, left, w);
@@ -424,10 +441,14 @@ constexpr Index kArrivedBytes = sizeof(double);
 
 }  // namespace
 
-std::int64_t penalty_workspace(const PenaltySettings& settings,
-                               const std::vector<PenaltyTensor>& tensors) {
-  return kArrivedBytes + terms_bytes(settings) +
-         all_chunks(tensors) * static_cast<Index>(sizeof(double));
+std::int64_t penalty_value_workspace(const PenaltySettings& settings, std::int64_t elements,
+                                     std::int64_t tensors) {
+  const Index most_chunks = elements / kChunk + tensors;
+  return kArrivedBytes + terms_bytes(settings) + most_chunks * static_cast<Index>(sizeof(double));
+}
+
+std::int64_t penalty_gradient_workspace(const PenaltySettings& settings) {
+  return terms_bytes(settings);
 }
 
 void penalty_value(const PenaltySettings& settings, const std::vector<PenaltyTensor>& tensors,

@@ -1,6 +1,8 @@
 // Sums in one order, whatever the number of blocks that run at a time.
 #pragma once
 
+#include <cstdint>
+
 #include "launch.h"
 
 namespace trt {
@@ -38,6 +40,24 @@ __device__ __forceinline__ double sum_block(double value) {
 #pragma unroll
   for (int i = 0; i < kCount / kWarp; ++i) sums[i] = of_warp[i];
   return sum_pairs(sums);
+}
+
+// The sum of `count` numbers by a block of kCount threads, in its first thread. Several loads are
+// issued together: nothing else hides the latency of a block that works alone.
+template <int kCount>
+__device__ __forceinline__ double sum_all(const double* values, std::int64_t count) {
+  constexpr int kTogether = 8;
+  double total = 0;
+  for (std::int64_t first = threadIdx.x; first < count; first += kCount * kTogether) {
+    double part[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const std::int64_t index = first + i * kCount;
+      part[i] = index < count ? values[index] : 0.0;
+    }
+    total += sum_pairs(part);
+  }
+  return sum_block<kCount>(total);
 }
 
 // True for all threads of the block that is the last of `blocks` to come here: it sees what the

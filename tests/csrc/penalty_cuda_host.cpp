@@ -85,7 +85,12 @@ void compare(int tensors, int largest, int terms, double delta, double scale, co
     of_cpu.push_back(parameter->of_cpu(accumulate));
   }
 
-  auto space = Tensor<double>((cuda::penalty_workspace(settings, of_cuda) + 7) / 8, 0).poison();
+  std::int64_t elements = 0;
+  for (const PenaltyTensor& tensor : of_cuda) elements += tensor.size;
+  const auto workspace = [](std::int64_t bytes) {
+    return Tensor<double>((bytes + 7) / 8, 0).poison();
+  };
+  auto space = workspace(cuda::penalty_value_workspace(settings, elements, tensors));
   const cuda::Queue queue{space.data(), 0, nullptr};
   auto out = Tensor<double>(1, 0).poison();
   auto out_single = Tensor<float>(1, 0).poison();
@@ -101,10 +106,12 @@ void compare(int tensors, int largest, int terms, double delta, double scale, co
 
   const bool with_upstream = chance(0.5);
   auto upstream = Tensor<float>(1, 0).fill([] { return -3.0; });
+  auto gradient_space = workspace(cuda::penalty_gradient_workspace(settings));
   cuda::penalty_gradient(settings, of_cuda, 0.5, DType::float32,
-                         with_upstream ? upstream.data() : nullptr, queue);
+                         with_upstream ? upstream.data() : nullptr,
+                         {gradient_space.data(), 0, nullptr});
   cpu::penalty_gradient(settings, of_cpu, with_upstream ? -1.5 : 0.5, 1);
-  CHECK(space.guards_intact(), description);
+  CHECK(gradient_space.guards_intact(), description);
   for (auto& parameter : parameters) parameter->check_gradient(description);
 }
 

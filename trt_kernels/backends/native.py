@@ -283,7 +283,8 @@ def trt_penalty_forward(params: Sequence[Tensor], options: PenaltyOptions) -> Te
         handle.cpu_value(*arguments, torch.get_num_threads())
     else:
         device = value.get_device()
-        space = workspace(handle.cuda_workspace(rows), value)
+        elements = sum(p.numel() for p in params)
+        space = workspace(handle.cuda_value_workspace(elements, len(params)), value)
         handle.cuda_value(*arguments, address(space), device, current_stream(device))
     return value
 
@@ -299,7 +300,7 @@ def write_penalty_gradient(
         handle.cpu_gradient(*arguments, torch.get_num_threads())
     else:
         device = where.get_device()
-        space = workspace(handle.cuda_workspace(rows), where)
+        space = workspace(handle.cuda_gradient_workspace(), where)
         handle.cuda_gradient(*arguments, address(space), device, current_stream(device))
 
 
