@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import trt_kernels as tk
+from trt_kernels import backends, ops
 from trt_kernels.backends import NAMES, OPERATORS, native
 
 
@@ -87,15 +89,66 @@ def test_cuda_part_is_built_and_loads_where_nvcc_is():
     assert count > 0 or reason
 
 
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def fresh_choices():
+    """Nothing is remembered of the choice of a backend, before and after."""
+    remembered = (ops._resolve, native.why_no_cuda)
+    for choice in remembered:
+        choice.cache_clear()
+    yield
+    for choice in remembered:
+        choice.cache_clear()
+
+
 def test_a_cuda_tensor_is_never_served_slowly():
     """On a machine without a device the tensor cannot exist, but the choice can be asked."""
-    from trt_kernels.ops import choose_backend
-
     for operator in OPERATORS:
-        device = torch.device("cuda", 0)
         try:
-            assert choose_backend(operator, None, device) == "cuda"
+            assert ops.choose_backend(operator, None, GPU) in ("cuda", "triton")
         except RuntimeError as error:
             assert f"{operator}: backend 'cuda' cannot serve" in str(error)
         with pytest.raises(RuntimeError, match="it serves cpu tensors, got one on cuda:0"):
-            choose_backend(operator, "cpu", device)
+            ops.choose_backend(operator, "cpu", GPU)
+
+
+def test_auto_takes_triton_where_cuda_cannot_serve(fresh_choices, monkeypatch):
+    monkeypatch.setitem(backends.SERVES, "triton", "cuda")
+    monkeypatch.setattr(native, "why_no_cuda", lambda device: "no nvcc")
+    monkeypatch.setattr(backends, "why_no_triton", lambda device: None)
+    assert ops.choose_backend("lif", None, GPU) == "triton"
+    with pytest.raises(RuntimeError, match="lif: backend 'cuda' cannot serve: no nvcc"):
+        ops.choose_backend("lif", "cuda", GPU)
+    monkeypatch.setattr(backends, "why_no_triton", lambda device: "not installed")
+    ops._resolve.cache_clear()
+    both = "backend 'cuda' cannot serve: no nvcc; backend 'triton' cannot serve: not installed"
+    with pytest.raises(RuntimeError, match=both):
+        ops.choose_backend("lif", None, GPU)
+
+
+@pytest.mark.parametrize(
+    "devices,torch_sees_it,own,message",
+    [
+        ((0, "the driver is for CUDA 11.8"), True, "", "no CUDA device: the driver is for CUDA"),
+        ((1, ""), False, "", "this PyTorch is built without CUDA"),
+        ((1, ""), True, "this build has no kernels for device 0, sm_60", "no kernels for device 0"),
+        ((1, ""), True, "", None),
+    ],
+)
+def test_every_reason_against_cuda(
+    fresh_choices, monkeypatch, devices, torch_sees_it, own, message
+):
+    module = types.SimpleNamespace(
+        build_info=lambda: {"cuda_missing": None},
+        cuda_devices=lambda: devices,
+        cuda_why_not=lambda index: own,
+    )
+    monkeypatch.setattr(native, "_C", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_sees_it)
+    if message is None:
+        assert ops.choose_backend("lif", None, GPU) == "cuda"
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            ops.choose_backend("lif", "cuda", GPU)
