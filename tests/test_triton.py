@@ -197,27 +197,26 @@ def in_own_process(function, architecture, folder):
 
 # --- What that process wrote.
 
-# Registers a thread, for kernels of 128 threads: 168 leave three blocks a multiprocessor.
+# A thread owns four neurons of half precision, not eight, where it parks so many steps.
+NARROW = ("lif 16 bfloat16 backward_kernel", "lif 17 bfloat16 backward_kernel")
+
+# Registers a thread, of Triton 3.6 and 3.9: blocks have 128 threads, so that 128 registers leave
+# four of them a multiprocessor, and 224 two.
+MOST_REGISTERS = 128
 BUDGET = {
     "lif 6 float32 forward_kernel": 48,
     "lif 6 float32 backward_kernel": 96,
+    "lif 6 bfloat16 forward_kernel": 64,
     "lif 16 float32 forward_kernel": 64,
-    "lif 16 float32 backward_kernel": 168,
+    "lif 16 float32 backward_kernel": 224,
+    "lif 16 bfloat16 forward_kernel": 64,
+    "lif 16 bfloat16 backward_kernel": 224,
     "lif 17 float32 forward_kernel": 80,
     "lif 17 float32 backward_kernel": 224,
-    "lif 6 bfloat16 forward_kernel": 64,
-    "lif 6 bfloat16 backward_kernel": 128,
-    "lif 16 bfloat16 forward_kernel": 64,
-    "lif 16 bfloat16 backward_kernel": 168,
     "lif 17 bfloat16 forward_kernel": 80,
     "lif 17 bfloat16 backward_kernel": 224,
     "penalty 42 float32 value_kernel": 96,
-    "penalty 42 float32 gradient_kernel": 96,
 }
-
-
-# A thread owns four neurons of half precision, not eight, where it parks so many steps.
-NARROW = ("lif 16 bfloat16 backward_kernel", "lif 17 bfloat16 backward_kernel")
 
 
 def test_machine_code_of_sm_90(tmp_path):
@@ -226,7 +225,7 @@ def test_machine_code_of_sm_90(tmp_path):
     assert len(kernels) == 2 * 9 + 2 + 2 * 3 + 3 * 3  # and the sums of penalties
     for name, kernel in kernels.items():
         assert kernel.stack == kernel.local == kernel.count("LDL", "STL") == 0, name
-        assert kernel.registers <= BUDGET.get(name, 168), (name, kernel.registers)
+        assert kernel.registers <= BUDGET.get(name, MOST_REGISTERS), (name, kernel.registers)
         loads = [i.opcode for i in kernel.code if i.opcode.startswith("LDG")]
         stores = [i.opcode for i in kernel.code if i.opcode.startswith("STG")]
         case = name.split()[0]
@@ -309,15 +308,18 @@ def test_long_sequences_over_several_programs():
         torch.testing.assert_close(ours, theirs)
 
 
+def forget():
+    backend.why_no_triton.cache_clear()
+    ops._resolve.cache_clear()
+    tk.functional._checked.clear()
+
+
 @pytest.fixture
 def forgetting():
     """What was remembered about backends is forgotten before the test and after it."""
-    for _ in range(2):
-        backend.why_no_triton.cache_clear()
-        ops._resolve.cache_clear()
-        tk.functional._checked.clear()
-        if _ == 0:
-            yield
+    forget()
+    yield
+    forget()
 
 
 def test_without_triton(monkeypatch, forgetting):

@@ -21,9 +21,8 @@ from .launch import block_size, scalar, state_type, stored, sum_partials
 
 WARPS = 4
 TILE = 2048  # elements a program holds at once: sixteen a thread, which hide the scalar work
-TILES = 4  # of a program, so that the chain of selects is little beside its work
-SPAN = tl.constexpr(8)
-MOST_TENSORS = 64  # of a launch: a longer chain would cost as much as the weights' arithmetic
+TILES = 8  # of a program, so that a chain of selects costs a tenth of the arithmetic at 42 tensors
+MOST_TENSORS = 64  # of a launch: each lengthens the chain of every program
 
 LARGEST_EXPONENT = math.log(2.0**60)
 
@@ -41,19 +40,13 @@ def find(tensors, others, firsts, wholes, tails, COUNT: tl.constexpr, CHUNK: tl.
     tensor, other = tensors[0], others[0]
     first, whole = scalar(firsts[0], tl.float32), scalar(wholes[0], tl.float32)
     tail = scalar(tails[0], tl.float32)
-    for begin in tl.static_range(0, COUNT, SPAN):
-        # A branch that one span of tensors takes, so that the others' selects cost nothing.
-        inside = number >= firsts[begin]
-        if begin + SPAN < COUNT:
-            inside = inside & (number < firsts[begin + SPAN])
-        if inside:
-            for i in tl.static_range(begin, min(begin + SPAN, COUNT)):
-                later = number >= firsts[i]
-                tensor = tl.where(later, tensors[i], tensor)
-                other = tl.where(later, others[i], other)
-                first = tl.where(later, firsts[i], first)
-                whole = tl.where(later, wholes[i], whole)
-                tail = tl.where(later, tails[i], tail)
+    for i in tl.static_range(1, COUNT):
+        later = number >= firsts[i]
+        tensor = tl.where(later, tensors[i], tensor)
+        other = tl.where(later, others[i], other)
+        first = tl.where(later, firsts[i], first)
+        whole = tl.where(later, wholes[i], whole)
+        tail = tl.where(later, tails[i], tail)
     size = tl.where(number - first < whole, CHUNK, tail.to(tl.int32))
     offset = (program - first.to(tl.int32)).to(tl.int64) * CHUNK
     return tensor + offset, other + offset, size
