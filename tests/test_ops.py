@@ -9,42 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import trt_kernels as tk
+from tests.cases import LIF, LOSS, PENALTY
 from trt_kernels import ops
-from trt_kernels.options import LIFOptions, LossOptions, PenaltyOptions
 
 CHECKS = (
     "test_schema",
     "test_autograd_registration",
     "test_faketensor",
     "test_aot_dispatch_dynamic",
-)
-LIF = LIFOptions(
-    time_dim=0,
-    decay=0.5,
-    threshold=1.0,
-    v_reset=0.0,
-    reset="hard",
-    detach_reset=False,
-    surrogate="triangle",
-    surrogate_parameter=1.0,
-    fire_at_threshold=False,
-    charge="decay",
-    phi="",
-    delta=0.0,
-    eps=0.0,
-    return_state=False,
-    return_potential=False,
-    backend="cpu",
-)
-PENALTY = PenaltyOptions(steps=4, weight=1.0, delta=0.5, eps=1e-5, backend="cpu")
-LOSS = LossOptions(
-    time_dim=0,
-    entropy_ratio=0.9,
-    square_ratio=0.1,
-    constant=None,
-    label_smoothing=0.0,
-    ignore_index=-100,
-    backend="cpu",
 )
 
 

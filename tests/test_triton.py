@@ -13,40 +13,15 @@ import pytest
 import torch
 
 import trt_kernels as tk
+from tests import cases
 from tests.machine_code import disassemble
 from trt_kernels import ops
 from trt_kernels.backends import triton as backend
 from trt_kernels.backends.layout import CHECKPOINT_EVERY
-from trt_kernels.options import LIFOptions, LossOptions, PenaltyOptions
 
-LIF = LIFOptions(
-    time_dim=0,
-    decay=0.5,
-    threshold=1.0,
-    v_reset=0.0,
-    reset="hard",
-    detach_reset=False,
-    surrogate="triangle",
-    surrogate_parameter=1.0,
-    fire_at_threshold=False,
-    charge="decay",
-    phi="",
-    delta=0.0,
-    eps=0.0,
-    return_state=False,
-    return_potential=False,
-    backend="triton",
-)
-PENALTY = PenaltyOptions(steps=6, weight=1e-5, delta=0.25, eps=1e-5, backend="triton")
-LOSS = LossOptions(
-    time_dim=0,
-    entropy_ratio=0.95,
-    square_ratio=0.05,
-    constant=None,
-    label_smoothing=0.0,
-    ignore_index=-100,
-    backend="triton",
-)
+LIF = cases.LIF._replace(backend="triton")
+PENALTY = cases.PENALTY._replace(steps=6, weight=1e-5, delta=0.25, backend="triton")
+LOSS = cases.LOSS._replace(entropy_ratio=0.95, square_ratio=0.05, backend="triton")
 
 # --- In a process of its own, without the interpreter: the operators' own launches, only compiled.
 

@@ -1,5 +1,6 @@
 """The settings of `lif` and `temporal_loss`, checked once and passed down as plain values."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from .surrogates import WITH_KERNELS
 
 RESETS = ("hard", "soft", "none")
 CHARGES = ("decay", "divide")
+# The largest δt of a term: one divided by more than 2⁶⁰ is nothing, and its square may overflow.
+LARGEST_EXPONENT = math.log(2.0**60)
 PHIS = ("square", "trt", "range", "spike")
 MEMORIES = ("recompute",)
 

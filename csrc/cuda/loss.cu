@@ -185,7 +185,6 @@ __device__ __forceinline__ void load_logits(const Storage* logits, Index c, Inde
   }
 }
 
-template <class Storage>
 __device__ __forceinline__ Index row_start(const LossSettings& s, Index row) {
   return row / s.batch * s.step_stride + row % s.batch * s.batch_stride;
 }
@@ -205,7 +204,7 @@ __device__ __forceinline__ void add_row(const LossSettings& s, const LossTensors
   if (target.invalid()) {
     sums.entropy = sums.square = std::numeric_limits<double>::quiet_NaN();
   } else if (!target.ignored()) {
-    const Storage* logits = static_cast<const Storage*>(a.logits) + row_start<Storage>(s, row);
+    const Storage* logits = static_cast<const Storage*>(a.logits) + row_start(s, row);
     // The cross entropy is normalizer * (sum of q) - sum of q O, in double where it may cancel.
     const bool by_shares = s.entropy_ratio != 0 && !target.is_label();
     LogSum<F> log_sum;
@@ -271,7 +270,7 @@ __device__ __forceinline__ double mean(double ratio, double sum, double divisor,
   return ratio != 0 ? ratio * sum / divisor / steps : 0.0;
 }
 
-template <class Storage, int kRowThreads>
+template <int kRowThreads>
 constexpr int kBlockThreads = kRowThreads == kWarp ? kThreads : kRowThreads;
 
 // Blocks of long rows that an SM must have registers for, to have enough loads in flight.
@@ -280,11 +279,11 @@ constexpr int kLeastBlocks = sizeof(Storage) == 8 ? 1 : 3;
 
 // `partial` [2][blocks] has the sums of every block; `arrived` counts the blocks.
 template <class Storage, int kRowThreads>
-__global__ void __launch_bounds__(kBlockThreads<Storage, kRowThreads>, kLeastBlocks<Storage>)
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kLeastBlocks<Storage>)
     value_kernel(const LossSettings s, const LossTensors a, double* partial, unsigned* arrived,
                  State<Storage>* out) {
   using F = State<Storage>;
-  constexpr int kBlock = kBlockThreads<Storage, kRowThreads>;
+  constexpr int kBlock = kBlockThreads<kRowThreads>;
   constexpr int kRows = kBlock / kRowThreads;  // of a block at a time
   const int lane = threadIdx.x % kRowThreads;
   Sums sums;
@@ -311,16 +310,16 @@ __global__ void __launch_bounds__(kBlockThreads<Storage, kRowThreads>, kLeastBlo
 }
 
 template <class Storage, int kRowThreads>
-__global__ void __launch_bounds__(kBlockThreads<Storage, kRowThreads>)
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
     gradient_kernel(const LossSettings s, const LossTensors a, const State<Storage>* upstream,
                     Storage* grad) {
   using F = State<Storage>;
-  constexpr int kRows = kBlockThreads<Storage, kRowThreads> / kRowThreads;
+  constexpr int kRows = kBlockThreads<kRowThreads> / kRowThreads;
   const int lane = threadIdx.x % kRowThreads;
   const Index row = static_cast<Index>(blockIdx.x) * kRows + threadIdx.x / kRowThreads;
   if (row >= s.steps * s.batch) return;
   const Target<F> target(s, a, row);
-  const Index start = row_start<Storage>(s, row);
+  const Index start = row_start(s, row);
   Storage* to = grad + start;
   if (target.ignored() || target.invalid()) {
     const F fill = target.invalid() ? std::numeric_limits<F>::quiet_NaN() : F(0);
@@ -364,8 +363,6 @@ void visit_kernel(const LossSettings& s, Function&& f) {
   });
 }
 
-constexpr Index kArrivedBytes = sizeof(double);
-
 }  // namespace
 
 std::int64_t loss_workspace(const LossSettings&) {
@@ -380,7 +377,7 @@ void loss_value(const LossSettings& s, const LossTensors& a, void* out, const Qu
   visit_kernel(s, [&](auto storage, auto row_threads) {
     using Storage = decltype(storage);
     constexpr int kOfRow = decltype(row_threads)::value;
-    constexpr int kBlock = kBlockThreads<Storage, kOfRow>;
+    constexpr int kBlock = kBlockThreads<kOfRow>;
     // No row at all is a block's work too: the mean over nothing.
     const Index wanted = ceil_div(s.steps * s.batch, kBlock / kOfRow);
     const Index blocks = std::max<Index>(1, std::min(wanted, kMostBlocks));
@@ -397,7 +394,7 @@ void loss_gradient(const LossSettings& s, const LossTensors& a, const void* upst
   visit_kernel(s, [&](auto storage, auto row_threads) {
     using Storage = decltype(storage);
     constexpr int kOfRow = decltype(row_threads)::value;
-    constexpr int kBlock = kBlockThreads<Storage, kOfRow>;
+    constexpr int kBlock = kBlockThreads<kOfRow>;
     TRT_LAUNCH("temporal_loss gradient", (gradient_kernel<Storage, kOfRow>),
                ceil_div(s.steps * s.batch, kBlock / kOfRow), kBlock, 0, queue.stream, s, a,
                static_cast<const State<Storage>*>(upstream), static_cast<Storage*>(grad));

@@ -437,8 +437,6 @@ struct AllTerms {
   }
 };
 
-constexpr Index kArrivedBytes = sizeof(double);
-
 }  // namespace
 
 std::int64_t penalty_value_workspace(const PenaltySettings& settings, std::int64_t elements,

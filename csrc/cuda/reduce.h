@@ -60,6 +60,9 @@ __device__ __forceinline__ double sum_all(const double* values, std::int64_t cou
   return sum_block<kCount>(total);
 }
 
+// What a counter of blocks takes of a workspace, so that doubles may follow.
+constexpr std::int64_t kArrivedBytes = sizeof(double);
+
 // True for all threads of the block that is the last of `blocks` to come here: it sees what the
 // others wrote before. `arrived` was 0 before the launch, in memory of this call alone, so that
 // neither another stream nor an aborted kernel can disturb the count.

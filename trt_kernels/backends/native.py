@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, state_dtype
-from ..options import LIFOptions, LossOptions, PenaltyOptions
+from ..options import LARGEST_EXPONENT, LIFOptions, LossOptions, PenaltyOptions
 from .layout import (
     CHECKPOINT_EVERY,
     accumulation,
@@ -246,9 +246,6 @@ def lif_backward(
             current_stream(x.get_device()),
         )
     return grad_x, grad_v_init
-
-
-LARGEST_EXPONENT = math.log(2.0**60)
 
 
 @lru_cache(maxsize=64)

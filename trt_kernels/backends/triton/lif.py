@@ -8,7 +8,6 @@ the segment in reverse.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...options import LIFOptions
+from ...options import LARGEST_EXPONENT, LIFOptions
 from ..layout import (
     CHECKPOINT_EVERY,
     MaybeTensor,
@@ -362,7 +361,7 @@ def growth_of(options: LIFOptions, steps: int, x: Tensor) -> Tensor | None:
     if options.phi != "trt":
         return None
     t = torch.arange(steps, dtype=torch.float64, device=x.device)
-    growth = (t * options.delta).clamp_(max=math.log(2.0**60)).expm1_()
+    growth = (t * options.delta).clamp_(max=LARGEST_EXPONENT).expm1_()
     return growth.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 

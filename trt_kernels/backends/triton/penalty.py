@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...options import PenaltyOptions
+from ...options import LARGEST_EXPONENT, PenaltyOptions
 from ..layout import accumulation, dense, sum_dtype
 from .launch import block_size, scalar, state_type, stored, sum_partials
 
@@ -23,8 +23,6 @@ WARPS = 4
 TILE = 2048  # elements a program holds at once: sixteen a thread, which hide the scalar work
 TILES = 8  # of a program, so that a chain of selects costs a tenth of the arithmetic at 42 tensors
 MOST_TENSORS = 64  # of a launch: each lengthens the chain of every program
-
-LARGEST_EXPONENT = math.log(2.0**60)
 
 
 @triton.jit
