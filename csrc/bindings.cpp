@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "ops.h"
 
 #ifndef TRT_KERNELS_MODULE
@@ -36,7 +38,7 @@ trt::LIFSettings make_lif(const std::string& charge, const std::string& reset,
                           const std::string& surrogate, const std::string& phi, double decay,
                           double tau, double threshold, double v_reset, bool detach_reset,
                           bool fire_at_threshold, double surrogate_parameter, double delta,
-                          double eps) {
+                          double eps, double scale, bool batch, int bits) {
   trt::LIFSettings settings = trt::LIFSettings::make(charge, reset, surrogate, phi);
   settings.decay = decay;
   settings.tau = tau;
@@ -47,6 +49,9 @@ trt::LIFSettings make_lif(const std::string& charge, const std::string& reset,
   settings.surrogate_parameter = surrogate_parameter;
   settings.delta = delta;
   settings.eps = eps;
+  settings.scale = scale;
+  settings.batch = batch;
+  settings.bits = bits;
   return settings;
 }
 
@@ -56,41 +61,73 @@ trt::LIFShape make_shape(trt::DType dtype, const std::vector<std::int64_t>& size
   trt::LIFShape shape{dtype, 1, sizes.at(time_dim), 1};
   for (std::size_t dim = 0; dim < time_dim; ++dim) shape.outer *= sizes[dim];
   for (std::size_t dim = time_dim + 1; dim < sizes.size(); ++dim) shape.inner *= sizes[dim];
+  shape.channel_stride = std::max<std::int64_t>(1, shape.neurons());
   return shape;
 }
 
-void check_phi(const trt::LIFSettings& settings, Address weight) {
+void check_phi(const trt::LIFSettings& settings, const void* weight) {
   if (weight && !settings.penalizes())
     throw std::invalid_argument("a penalty's weight needs a phi");
 }
 
-trt::LIFForward forward_arguments(const trt::LIFShape& shape, Address x, Address v_init,
-                                  Address weight, Address spikes, Address potential, Address state,
-                                  Address penalty, Address checkpoints = 0,
-                                  int checkpoint_every = 0) {
-  return {shape,           pointer(x),       pointer(v_init),
-          pointer(weight), pointer(spikes),  pointer(potential),
-          pointer(state),  pointer(penalty), pointer(checkpoints),
-          checkpoint_every};
+// Spikes of x and nothing else.
+trt::LIFForward plain_forward(const trt::LIFShape& shape, Address x, Address spikes,
+                              Address checkpoints = 0, int checkpoint_every = 0) {
+  trt::LIFForward arguments{};
+  arguments.shape = shape;
+  arguments.x = pointer(x);
+  arguments.spikes = pointer(spikes);
+  arguments.checkpoints = pointer(checkpoints);
+  arguments.checkpoint_every = checkpoint_every;
+  return arguments;
+}
+trt::LIFBackward plain_backward(const trt::LIFShape& shape, Address x, Address grad_spikes,
+                                Address grad_x, Address checkpoints = 0, int checkpoint_every = 0) {
+  trt::LIFBackward arguments{};
+  arguments.shape = shape;
+  arguments.x = pointer(x);
+  arguments.grad_spikes = pointer(grad_spikes);
+  arguments.grad_x = pointer(grad_x);
+  arguments.checkpoints = pointer(checkpoints);
+  arguments.checkpoint_every = checkpoint_every;
+  return arguments;
 }
 
-trt::LIFBackward backward_arguments(const trt::LIFShape& shape, Address x, Address v_init,
-                                    Address weight, Address grad_spikes, Address grad_potential,
-                                    Address grad_state, Address grad_penalty, Address grad_x,
-                                    Address grad_v_init, Address checkpoints = 0,
-                                    int checkpoint_every = 0) {
-  return {shape,
-          pointer(x),
-          pointer(v_init),
-          pointer(weight),
-          pointer(grad_spikes),
-          pointer(grad_potential),
-          pointer(grad_state),
-          pointer(grad_penalty),
-          pointer(grad_x),
-          pointer(grad_v_init),
-          pointer(checkpoints),
-          checkpoint_every};
+// A Python class for the arguments of a direction; every pointer is an attribute to be set.
+template <class Arguments>
+py::class_<Arguments> lif_arguments(py::module_& module, const char* name) {
+  py::class_<Arguments> arguments(module, name, py::module_local());
+  arguments.def(py::init([](trt::DType dtype, std::int64_t outer, std::int64_t steps,
+                            std::int64_t inner, std::int64_t channels, std::int64_t channel_stride,
+                            bool constant, bool gains_by_channel, int checkpoint_every) {
+                  Arguments a{};
+                  a.shape = {dtype, outer, steps, inner, constant, channels, channel_stride};
+                  a.by_channel.gains_by_channel = gains_by_channel;
+                  a.checkpoint_every = checkpoint_every;
+                  return a;
+                }),
+                "dtype"_a, "outer"_a, "steps"_a, "inner"_a, "channels"_a, "channel_stride"_a,
+                py::kw_only(), "constant"_a, "gains_by_channel"_a, "checkpoint_every"_a);
+  return arguments;
+}
+template <class Arguments, class Pointer>
+void add_address(py::class_<Arguments>& arguments, const char* name, Pointer Arguments::* member) {
+  arguments.def_property(name, nullptr, [member](Arguments& a, Address address) {
+    a.*member = reinterpret_cast<Pointer>(address);
+  });
+}
+template <class Arguments>
+void add_by_channel(py::class_<Arguments>& arguments) {
+  const auto add = [&](const char* name, const void* trt::LIFChannels::* member) {
+    arguments.def_property(name, nullptr, [member](Arguments& a, Address address) {
+      a.by_channel.*member = pointer<const void>(address);
+    });
+  };
+  add("neuron", &trt::LIFChannels::neuron);
+  add("stats", &trt::LIFChannels::stats);
+  add("norm_weight", &trt::LIFChannels::norm_weight);
+  add("norm_bias", &trt::LIFChannels::norm_bias);
+  add("gains", &trt::LIFChannels::gains);
 }
 
 // (dtype, elements, address of the weight, address of the gradient or 0, accumulate)
@@ -149,74 +186,128 @@ PYBIND11_MODULE(TRT_KERNELS_MODULE, module, py::mod_gil_not_used()) {
       .value("float16", trt::DType::float16)
       .value("bfloat16", trt::DType::bfloat16);
 
+  auto forward = lif_arguments<trt::LIFForward>(module, "LIFForward");
+  add_by_channel(forward);
+  add_address(forward, "x", &trt::LIFForward::x);
+  add_address(forward, "v_init", &trt::LIFForward::v_init);
+  add_address(forward, "penalty_weight", &trt::LIFForward::weight);
+  add_address(forward, "spikes", &trt::LIFForward::spikes);
+  add_address(forward, "potential", &trt::LIFForward::potential);
+  add_address(forward, "state", &trt::LIFForward::state);
+  add_address(forward, "penalty", &trt::LIFForward::penalty);
+  add_address(forward, "rate", &trt::LIFForward::rate);
+  add_address(forward, "bits", &trt::LIFForward::bits);
+  add_address(forward, "checkpoints", &trt::LIFForward::checkpoints);
+
+  auto backward = lif_arguments<trt::LIFBackward>(module, "LIFBackward");
+  add_by_channel(backward);
+  add_address(backward, "x", &trt::LIFBackward::x);
+  add_address(backward, "v_init", &trt::LIFBackward::v_init);
+  add_address(backward, "penalty_weight", &trt::LIFBackward::weight);
+  add_address(backward, "bits", &trt::LIFBackward::bits);
+  add_address(backward, "means", &trt::LIFBackward::means);
+  add_address(backward, "checkpoints", &trt::LIFBackward::checkpoints);
+  add_address(backward, "grad_spikes", &trt::LIFBackward::grad_spikes);
+  add_address(backward, "grad_potential", &trt::LIFBackward::grad_potential);
+  add_address(backward, "grad_state", &trt::LIFBackward::grad_state);
+  add_address(backward, "grad_penalty", &trt::LIFBackward::grad_penalty);
+  add_address(backward, "grad_x", &trt::LIFBackward::grad_x);
+  add_address(backward, "grad_v_init", &trt::LIFBackward::grad_v_init);
+  add_address(backward, "grad_neuron", &trt::LIFBackward::grad_neuron);
+  add_address(backward, "grad_affine", &trt::LIFBackward::grad_affine);
+  add_address(backward, "grad_gains", &trt::LIFBackward::grad_gains);
+
+  // The short forms are for spikes of x alone: setting attributes costs a small call a microsecond.
   py::class_<trt::LIFSettings>(module, "LIF", py::module_local())
       .def(py::init(&make_lif), py::kw_only(), "charge"_a, "reset"_a, "surrogate"_a, "phi"_a,
            "decay"_a, "tau"_a, "threshold"_a, "v_reset"_a, "detach_reset"_a, "fire_at_threshold"_a,
-           "surrogate_parameter"_a, "delta"_a, "eps"_a)
+           "surrogate_parameter"_a, "delta"_a, "eps"_a, "scale"_a, "batch"_a, "bits"_a)
       .def(
           "cpu_forward",
-          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
-             std::size_t time_dim, Address x, Address v_init, Address weight, Address spikes,
-             Address potential, Address state, Address penalty, int threads) {
-            check_phi(self, weight);
-            trt::cpu::lif_forward(self,
-                                  forward_arguments(make_shape(dtype, sizes, time_dim), x, v_init,
-                                                    weight, spikes, potential, state, penalty),
-                                  threads);
+          [](const trt::LIFSettings& self, const trt::LIFForward& arguments, int threads) {
+            check_phi(self, arguments.weight);
+            trt::cpu::lif_forward(self, arguments, threads);
           },
           release())
       .def(
           "cpu_backward",
+          [](const trt::LIFSettings& self, const trt::LIFBackward& arguments, int threads) {
+            trt::cpu::lif_backward(self, arguments, threads);
+          },
+          release())
+      .def(
+          "cpu_forward_plain",
           [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
-             std::size_t time_dim, Address x, Address v_init, Address weight, Address grad_spikes,
-             Address grad_potential, Address grad_state, Address grad_penalty, Address grad_x,
-             Address grad_v_init, int threads) {
-            trt::cpu::lif_backward(
-                self,
-                backward_arguments(make_shape(dtype, sizes, time_dim), x, v_init, weight,
-                                   grad_spikes, grad_potential, grad_state, grad_penalty, grad_x,
-                                   grad_v_init),
-                threads);
+             std::size_t time_dim, Address x, Address spikes, int threads) {
+            const trt::LIFShape shape = make_shape(dtype, sizes, time_dim);
+            trt::cpu::lif_forward(self, plain_forward(shape, x, spikes), threads);
+          },
+          release())
+      .def(
+          "cpu_backward_plain",
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address grad_spikes, Address grad_x, int threads) {
+            const trt::LIFShape shape = make_shape(dtype, sizes, time_dim);
+            trt::cpu::lif_backward(self, plain_backward(shape, x, grad_spikes, grad_x), threads);
           },
           release())
 #ifdef TRT_KERNELS_CUDA
-      .def("cuda_forward_workspace",
-           [](const trt::LIFSettings& self, trt::DType dtype,
-              const std::vector<std::int64_t>& sizes, std::size_t time_dim) {
-             return trt::cuda::lif_forward_workspace(self, make_shape(dtype, sizes, time_dim));
-           })
-      .def("cuda_backward_workspace",
-           [](const trt::LIFSettings& self, trt::DType dtype,
-              const std::vector<std::int64_t>& sizes, std::size_t time_dim) {
-             return trt::cuda::lif_backward_workspace(self, make_shape(dtype, sizes, time_dim));
-           })
+      .def("cuda_forward_workspace", &trt::cuda::lif_forward_workspace)
+      .def("cuda_backward_workspace", &trt::cuda::lif_backward_workspace)
       .def(
           "cuda_forward",
-          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
-             std::size_t time_dim, Address x, Address v_init, Address weight, Address spikes,
-             Address potential, Address state, Address penalty, Address checkpoints,
-             int checkpoint_every, Address workspace, int device, Address stream) {
-            check_phi(self, weight);
-            trt::cuda::lif_forward(
-                self,
-                forward_arguments(make_shape(dtype, sizes, time_dim), x, v_init, weight, spikes,
-                                  potential, state, penalty, checkpoints, checkpoint_every),
-                queue(workspace, device, stream));
+          [](const trt::LIFSettings& self, const trt::LIFForward& arguments, Address workspace,
+             int device, Address stream) {
+            check_phi(self, arguments.weight);
+            trt::cuda::lif_forward(self, arguments, queue(workspace, device, stream));
           },
           release())
       .def(
           "cuda_backward",
-          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
-             std::size_t time_dim, Address x, Address v_init, Address weight, Address grad_spikes,
-             Address grad_potential, Address grad_state, Address grad_penalty, Address grad_x,
-             Address grad_v_init, Address checkpoints, int checkpoint_every, Address workspace,
+          [](const trt::LIFSettings& self, const trt::LIFBackward& arguments, Address workspace,
              int device, Address stream) {
+            trt::cuda::lif_backward(self, arguments, queue(workspace, device, stream));
+          },
+          release())
+      .def(
+          "cuda_forward_plain",
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address spikes, Address checkpoints,
+             int checkpoint_every, int device, Address stream) {
+            const trt::LIFShape shape = make_shape(dtype, sizes, time_dim);
+            trt::cuda::lif_forward(self,
+                                   plain_forward(shape, x, spikes, checkpoints, checkpoint_every),
+                                   queue(0, device, stream));
+          },
+          release())
+      .def(
+          "cuda_backward_plain",
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address grad_spikes, Address grad_x,
+             Address checkpoints, int checkpoint_every, int device, Address stream) {
+            const trt::LIFShape shape = make_shape(dtype, sizes, time_dim);
             trt::cuda::lif_backward(
-                self,
-                backward_arguments(make_shape(dtype, sizes, time_dim), x, v_init, weight,
-                                   grad_spikes, grad_potential, grad_state, grad_penalty, grad_x,
-                                   grad_v_init, checkpoints, checkpoint_every),
-                queue(workspace, device, stream));
+                self, plain_backward(shape, x, grad_spikes, grad_x, checkpoints, checkpoint_every),
+                queue(0, device, stream));
+          },
+          release())
+#endif
+      ;
+
+  py::class_<trt::Statistics>(module, "Statistics", py::module_local())
+      .def(py::init([](trt::DType dtype, std::int64_t before, std::int64_t channels,
+                       std::int64_t within, double eps, std::int64_t repeat, Address x,
+                       Address stats) {
+        return trt::Statistics{dtype, before, channels,   within,
+                               eps,   repeat, pointer(x), pointer(stats)};
+      }))
+      .def("cpu", &trt::cpu::batch_statistics, release())
+#ifdef TRT_KERNELS_CUDA
+      .def("cuda_workspace", &trt::cuda::batch_statistics_workspace)
+      .def(
+          "cuda",
+          [](const trt::Statistics& self, Address workspace, int device, Address stream) {
+            trt::cuda::batch_statistics(self, queue(workspace, device, stream));
           },
           release())
 #endif
@@ -332,6 +423,39 @@ PYBIND11_MODULE(TRT_KERNELS_MODULE, module, py::mod_gil_not_used()) {
           release())
 #endif
       ;
+
+  module.def(
+      "cpu_spike_pack",
+      [](trt::DType dtype, std::int64_t count, Address x, Address bits, int threads) {
+        return trt::cpu::spike_pack(dtype, count, pointer(x), pointer<std::uint8_t>(bits), threads);
+      },
+      release());
+  module.def(
+      "cpu_spike_unpack",
+      [](trt::DType dtype, Address bits, std::int64_t outer, std::int64_t steps, std::int64_t inner,
+         Address to, int threads) {
+        trt::cpu::spike_unpack(dtype, {pointer<std::uint8_t>(bits), outer, steps, inner},
+                               pointer(to), threads);
+      },
+      release());
+#ifdef TRT_KERNELS_CUDA
+  module.def(
+      "cuda_spike_pack",
+      [](trt::DType dtype, std::int64_t count, Address x, Address bits, Address binary, int device,
+         Address stream) {
+        trt::cuda::spike_pack(dtype, count, pointer(x), pointer<std::uint8_t>(bits),
+                              pointer<std::uint8_t>(binary), queue(0, device, stream));
+      },
+      release());
+  module.def(
+      "cuda_spike_unpack",
+      [](trt::DType dtype, Address bits, std::int64_t outer, std::int64_t steps, std::int64_t inner,
+         Address to, int device, Address stream) {
+        trt::cuda::spike_unpack(dtype, {pointer<std::uint8_t>(bits), outer, steps, inner},
+                                pointer(to), queue(0, device, stream));
+      },
+      release());
+#endif
 
   module.def("build_info", &build_info);
   module.def("cpu_levels", &trt::cpu::levels,

@@ -17,6 +17,9 @@ struct LIFSettings {
   bool penalize_spike;  // phi is the spike itself
   bool detach_reset, fire_at_threshold;
   double surrogate_parameter, decay, tau, threshold, v_reset, delta, eps;
+  double scale;  // of the normalised input
+  bool batch;    // its mean and deviation are those of x itself
+  int bits;      // planes of bits that the forward writes: none, spikes, where sigma' is not 0
 
   bool penalizes() const { return potential >= 0 || penalize_spike; }
 
@@ -25,18 +28,34 @@ struct LIFSettings {
                           const std::string& surrogate, const std::string& phi);
 };
 
+// The channel of neuron n of a state [outer][inner] is n / channel_stride % channels.
 struct LIFShape {
   DType dtype;  // of x; states are float32, and float64 for float64
   std::int64_t outer, steps, inner;
+  bool constant = false;  // x and its gradient have no time: [outer][inner]
+  std::int64_t channels = 1, channel_stride = 1;
   std::int64_t neurons() const { return outer * inner; }
+  std::int64_t bit_bytes() const { return (neurons() + 7) / 8; }  // of a plane's timestep
 };
 
-// Pointers that may be null: v_init, weight, potential, state, penalty, checkpoints. Checkpoints
-// are the potentials before every `checkpoint_every` steps but the first, which a GPU's backward
-// pass of a longer sequence starts from: [ceil(steps / checkpoint_every) - 1][outer][inner], state
-// type. The CPU neither writes nor reads them.
+// What is given by channel, in the state's type. Null `neuron`: the settings hold for every
+// channel. Null `stats`: the input is not normalised. Null weight and bias: 1 and 0.
+struct LIFChannels {
+  const void* neuron;  // [3][channels]: decay (tau for the charge "divide"), threshold, v_reset
+  const void* stats;   // [3][channels]: mean, what is to be added to it, 1 / deviation
+  const void* norm_weight;
+  const void* norm_bias;
+  const void* gains;  // [steps] or [steps][channels]
+  bool gains_by_channel;
+};
+
+// Pointers that may be null: v_init, weight and all results but the spikes. Checkpoints are the
+// potentials before every `checkpoint_every` steps but the first, which a GPU's backward pass of a
+// longer sequence starts from: [ceil(steps / checkpoint_every) - 1][outer][inner], state type. The
+// CPU neither writes nor reads them. Bit j of byte i of a timestep of `bits` is neuron 8i + j.
 struct LIFForward {
   LIFShape shape;
+  LIFChannels by_channel;
   const void* x;       // [outer, steps, inner], dtype
   const void* v_init;  // [outer, inner], state type
   const void* weight;  // [steps], state type
@@ -44,24 +63,46 @@ struct LIFForward {
   void* potential;     // [outer, steps, inner], state type
   void* state;         // [outer, inner], state type
   void* penalty;       // scalar, state type
+  void* rate;          // [steps], state type
+  void* bits;          // [planes][steps][bit_bytes]
   void* checkpoints;
   int checkpoint_every;
 };
 
-// Any incoming gradient may be null (zero), and grad_v_init where nobody asks for it.
+// Any incoming gradient may be null (zero), and any result where nobody asks for it. With `bits`
+// there is no x. A batch normalised input needs `means` to write grad_x: the means over everything
+// but channels of dz xhat and of dz, where dz arrives at the normalised x, xhat without weight;
+// where they are null, they are found first.
 struct LIFBackward {
   LIFShape shape;
+  LIFChannels by_channel;
   const void* x;
   const void* v_init;
   const void* weight;
-  const void* grad_spikes;     // like x
+  const void* bits;
+  const void* means;           // [2][channels], state type
+  const void* grad_spikes;     // like the spikes
   const void* grad_potential;  // [outer, steps, inner], state type
   const void* grad_state;      // [outer, inner], state type
   const void* grad_penalty;    // scalar, state type
   void* grad_x;                // like x
   void* grad_v_init;           // [outer, inner], state type
+  void* grad_neuron;           // [3][channels], state type
+  void* grad_affine;           // [2][channels], state type: sums of dz xhat and of dz
+  void* grad_gains;            // [steps][channels], state type
   const void* checkpoints;
   int checkpoint_every;
+};
+
+// A tensor as [before][channels][within]; `repeat` times as many numbers in the unbiased variance.
+struct Statistics {
+  DType dtype;
+  std::int64_t before, channels, within;
+  double eps;
+  std::int64_t repeat;
+  const void* x;
+  void*
+      stats;  // [4][channels], state type: mean, what rounding left of it, 1 / deviation, variance
 };
 
 struct PenaltyTensor {
@@ -97,6 +138,13 @@ struct LossTensors {
   void* divisors;              // [2] in the sum's type: of the two means; the CPU leaves it alone
 };
 
+// Bits of spikes [outer][steps][inner]: [steps][ceil(outer * inner / 8)] bytes. Bit j of byte i of
+// a timestep is neuron 8i + j in the order of memory.
+struct SpikeBits {
+  const std::uint8_t* bits;
+  std::int64_t outer, steps, inner;
+};
+
 namespace cpu {
 
 // Instruction-set levels compiled in and usable here, best last.
@@ -107,12 +155,17 @@ bool forked();                            // true in a forked child, where OpenM
 
 void lif_forward(const LIFSettings&, const LIFForward&, int threads);
 void lif_backward(const LIFSettings&, const LIFBackward&, int threads);
+void batch_statistics(const Statistics&, int threads);
 double penalty_value(const PenaltySettings&, const std::vector<PenaltyTensor>&, int threads);
 void penalty_gradient(const PenaltySettings&, const std::vector<PenaltyTensor>&, double upstream,
                       int threads);
 double loss_value(const LossSettings&, const LossTensors&, int threads);
 void loss_gradient(const LossSettings&, const LossTensors&, double upstream, void* grad,
                    int threads);
+// The bits of `count` elements, as of one timestep; false, and bits of no use, unless every element
+// is exactly 0 or 1 (-0 is neither).
+bool spike_pack(DType, std::int64_t count, const void* x, std::uint8_t* bits, int threads);
+void spike_unpack(DType, const SpikeBits&, void* to, int threads);
 
 }  // namespace cpu
 
@@ -132,10 +185,12 @@ struct Queue {
   void* stream;
 };
 
-std::int64_t lif_forward_workspace(const LIFSettings&, const LIFShape&);
-std::int64_t lif_backward_workspace(const LIFSettings&, const LIFShape&);
+std::int64_t lif_forward_workspace(const LIFSettings&, const LIFForward&);
+std::int64_t lif_backward_workspace(const LIFSettings&, const LIFBackward&);
 void lif_forward(const LIFSettings&, const LIFForward&, const Queue&);
 void lif_backward(const LIFSettings&, const LIFBackward&, const Queue&);
+std::int64_t batch_statistics_workspace(const Statistics&);
+void batch_statistics(const Statistics&, const Queue&);
 // `out` and `upstream` are scalars of type `dtype` on the device; a null `upstream` is 1.
 std::int64_t penalty_value_workspace(const PenaltySettings&, std::int64_t elements,
                                      std::int64_t tensors);
@@ -148,6 +203,10 @@ std::int64_t loss_workspace(const LossSettings&);
 void loss_value(const LossSettings&, const LossTensors&, void* out, const Queue&);
 void loss_gradient(const LossSettings&, const LossTensors&, const void* upstream, void* grad,
                    const Queue&);
+// `binary` is a byte on the device: what the CPU's function returns.
+void spike_pack(DType, std::int64_t count, const void* x, std::uint8_t* bits, std::uint8_t* binary,
+                const Queue&);
+void spike_unpack(DType, const SpikeBits&, void* to, const Queue&);
 
 }  // namespace cuda
 }  // namespace trt

@@ -33,6 +33,8 @@ SHAPES = (
 # Options of the operators as they travel down, for the tests of what is below the functions.
 LIF = LIFOptions(
     time_dim=0,
+    steps=0,
+    channel_dim=-1,
     decay=0.5,
     threshold=1.0,
     v_reset=0.0,
@@ -45,8 +47,12 @@ LIF = LIFOptions(
     phi="",
     delta=0.0,
     eps=0.0,
+    scale=1.0,
+    batch=False,
     return_state=False,
     return_potential=False,
+    statistics=False,
+    bits=0,
     backend="cpu",
 )
 PENALTY = PenaltyOptions(steps=4, weight=1.0, delta=0.5, eps=1e-5, backend="cpu")

@@ -136,8 +136,9 @@ if __name__ == "__main__":
     print(f"""# The CUDA kernels as machine code, sm_90
 
 Counted, not timed: what the compiler made of each kernel, by `python -m tests.machine_code`
-(nvcc {_C.build_info()["cuda"]}). A `lif` kernel is named by storage type, neurons a thread and
-whether it is lean (a charge without division; spikes and states alone, as in training). Loads and
-stores are counted in the code, all branches together, and not as often as they run.
+(nvcc {_C.build_info()["cuda"]}). A kernel of `lif` is named by storage type, neurons a thread and
+whether these are of several channels. The plain ones serve spikes alone, as in most training; the
+others everything else: channels, normalised input, bits, sums. Loads and stores are counted in the
+code, all branches together, and not as often as they run.
 """)
     print(table(Path(_C.__file__), "sm_90"))

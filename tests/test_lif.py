@@ -24,6 +24,7 @@ from tests.cases import (
     without_time,
 )
 from trt_kernels.backends.reference.lif import Fire
+from trt_kernels.options import CHARGES
 
 NEURONS = list(itertools.product(RESETS, (False, True)))  # (reset, detach_reset)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,7 +59,7 @@ def compare(inputs, **options):
 @pytest.mark.parametrize("reset,detach_reset", NEURONS)
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: s.name)
 def test_matches_reference_for_every_neuron(reset, detach_reset, surrogate, kernels):
-    for charge, at, phi in itertools.product(("decay", "divide"), (False, True), PHIS):
+    for charge, at, phi in itertools.product(CHARGES, (False, True), PHIS):
         shape, time_dim = ((6, 5, 43), 0)
         compare(
             inputs_of(shape, time_dim),
@@ -234,11 +235,10 @@ def test_kernel_writes_between_sentinels():
         x, g = torch.randn(6, columns), torch.randn(6, columns)
         buffer = torch.full((6 * columns + 64,), 7.0)
         target = buffer[offset : offset + 6 * columns].view(6, columns)
-        head = (native_dtypes[x.dtype], x.shape, 0, x.data_ptr(), 0, 0)
-        lif_handle(options).cpu_forward(*head, target.data_ptr(), 0, 0, 0, 2)
+        head = (native_dtypes[x.dtype], x.shape, 0, x.data_ptr())
+        lif_handle(options).cpu_forward_plain(*head, target.data_ptr(), 2)
         assert torch.equal(target, tk.lif(x))
-        rest = (g.data_ptr(), 0, 0, 0, target.data_ptr(), 0, 2)
-        lif_handle(options).cpu_backward(*head, *rest)
+        lif_handle(options).cpu_backward_plain(*head, g.data_ptr(), target.data_ptr(), 2)
         outside = torch.cat([buffer[:offset], buffer[offset + 6 * columns :]])
         assert (outside == 7).all()
 
@@ -533,6 +533,7 @@ def test_double_backward_raises(backend):
 
 
 X = torch.zeros(4, 3)
+BITS = {"memory": "bits", "surrogate": tk.Rectangle(1.0), "detach_reset": True}
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
@@ -564,9 +565,6 @@ X = torch.zeros(4, 3)
         (X, {"time_dim": 2**70}, ValueError, "time_dim: got"),
         (torch.nn.UninitializedParameter(), {}, ValueError, "x: got an uninitialised"),
         (X, {"decay": [0.5]}, TypeError, r"decay: got \[0.5\]"),
-        (X, {"decay": torch.tensor(0.5)}, NotImplementedError, "decay: got a tensor"),
-        (X, {"decay": torch.ones(3)}, NotImplementedError, "decay.*per-channel"),
-        (X, {"threshold": torch.ones(3)}, NotImplementedError, "threshold: got a tensor"),
         (X, {"decay": 0.0, "charge": "divide"}, ValueError, "decay: got 0"),
         (X, {"threshold": float("-inf")}, ValueError, "threshold: got -inf"),
         (X, {"v_reset": float("nan")}, ValueError, "v_reset: got nan"),
@@ -586,10 +584,40 @@ X = torch.zeros(4, 3)
         (X, {"backend": "gpu"}, ValueError, "backend: got 'gpu', needs one of 'cpu'"),
         (X, {"backend": "cuda"}, RuntimeError, "lif: backend 'cuda' cannot serve"),
         (X.to("meta"), {}, RuntimeError, "no compiled backend serves device meta"),
-        (X, {"steps": 4}, NotImplementedError, "steps"),
-        (X, {"channel_dim": 1}, NotImplementedError, "channel_dim"),
-        (X, {"statistics": True}, NotImplementedError, "statistics"),
-        (X, {"memory": "bits"}, NotImplementedError, "memory: 'bits'"),
+        (X, {"decay": torch.ones(3)}, ValueError, "decay: .* needs a scalar .*channel_dim"),
+        (X, {"threshold": torch.ones(4), "channel_dim": 1}, ValueError, "threshold: .* 3 channels"),
+        (X, {"v_reset": torch.ones(1, 3), "channel_dim": 1}, ValueError, "v_reset: got a tensor"),
+        (
+            X,
+            {"decay": torch.ones(3, device="meta"), "channel_dim": 1},
+            ValueError,
+            "decay: .* meta",
+        ),
+        (X, {"decay": torch.ones(3).long(), "channel_dim": 1}, TypeError, "decay: got dtype"),
+        (X, {"channel_dim": 0}, ValueError, "channel_dim: got 0, which is the time dimension"),
+        (X, {"channel_dim": 2}, ValueError, "channel_dim: got 2"),
+        (X, {"channel_dim": 1.0}, TypeError, "channel_dim: got 1.0"),
+        (X, {"steps": 0}, ValueError, "steps: got 0"),
+        (X, {"steps": 2.0}, TypeError, "steps: got 2.0"),
+        (X, {"steps": True}, TypeError, "steps: got True"),
+        (X, {"steps": 4, "time_dim": 3}, ValueError, "time_dim: got 3"),
+        (X, {"steps": 4, "v_init": torch.zeros(3)}, ValueError, r"v_init: .* needs \(4, 3\)"),
+        (X, {"statistics": 1}, TypeError, "statistics: got 1"),
+        (X, {"memory": "bits"}, ValueError, "memory: 'bits' needs surrogate: Rectangle"),
+        (X, {**BITS, "detach_reset": False}, ValueError, "memory: .* detach_reset=True"),
+        (
+            X,
+            {**BITS, "penalty": tk.MembranePenalty("square", torch.ones(4))},
+            ValueError,
+            "memory: .* 'spike', not 'square'",
+        ),
+        (X, {**BITS, "backend": "reference"}, ValueError, "memory: .* a backend with kernels"),
+        (
+            X,
+            {**BITS, "decay": torch.tensor(0.5, requires_grad=True)},
+            ValueError,
+            "memory: 'bits' needs a decay without gradient",
+        ),
         (X, {"memory": "none"}, ValueError, "memory: got 'none'"),
         (X, {"return_state": None}, TypeError, "return_state: got None"),
     ],

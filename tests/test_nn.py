@@ -102,7 +102,7 @@ def test_bad_input():
         ({"reset": "zero"}, ValueError, "reset: got 'zero'"),
         ({"decay": float("nan")}, ValueError, "decay: got nan"),
         ({"surrogate": "atan"}, TypeError, "surrogate: got 'atan'"),
-        ({"memory": "bits"}, NotImplementedError, "memory: 'bits'"),
+        ({"memory": "bits"}, ValueError, "memory: 'bits'"),
         ({"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
         ({"penalty": 1.0}, TypeError, "penalty: got float"),
     ):

@@ -11,6 +11,7 @@ from torch.library import opcheck
 import trt_kernels as tk
 from tests.cases import LIF, LOSS, PENALTY
 from trt_kernels import ops
+from trt_kernels.options import LIFGrads, LIFResults, LIFTensors, LIFWanted
 
 CHECKS = (
     "test_schema",
@@ -21,6 +22,7 @@ CHECKS = (
 
 
 def lif_cases(backend="cpu"):
+    """x, everything else that `lif` reads, and options."""
     for x, time_dim in (
         (torch.randn(4, 6), 0),
         (torch.randn(2, 20, 3), 1),
@@ -29,30 +31,59 @@ def lif_cases(backend="cpu"):
         (torch.randn(0, 6), 0),
     ):
         plain = LIF._replace(time_dim=time_dim, backend=backend)
-        yield x, None, None, plain
+        yield x, LIFTensors(), plain
+        if x.ndim == 3 and time_dim == 0:
+            continue
         shape = [n for dim, n in enumerate(x.shape) if dim != time_dim]
-        full = plain._replace(phi="trt", delta=0.5, return_state=True, return_potential=True)
-        yield x, torch.randn(shape), torch.rand(x.shape[time_dim]), full
+        full = plain._replace(
+            phi="trt",
+            delta=0.5,
+            return_state=True,
+            return_potential=True,
+            statistics=True,
+            bits=1,
+            channel_dim=len(shape) - 1,
+        )
+        weight, neuron = torch.rand(x.shape[time_dim]), torch.rand(3, shape[-1])
+        yield x, LIFTensors(torch.randn(shape), weight, neuron), full
+        vectors = torch.rand(2, shape[-1]).unbind(0)
+        gains = torch.rand(x.shape[time_dim], shape[-1])
+        normalised = LIFTensors(None, None, None, torch.rand(4, shape[-1]), *vectors, gains)
+        yield x, normalised, full._replace(phi="", bits=0, batch=True)
+        if time_dim == 1:
+            constant = x.select(1, 0).contiguous()
+            yield constant, LIFTensors(), plain._replace(steps=5)
+            bits = {"surrogate": "rectangle", "detach_reset": True, "bits": 2}
+            yield x, LIFTensors(), plain._replace(**bits)
 
 
 def test_opcheck_lif(backend):
     registered = torch.ops.trt_kernels
-    for x, v_init, weight, options in lif_cases(backend):
-        arguments = (x, v_init, weight)
-        for for_backward in (False, True):
-            opcheck(registered.lif_forward, (*arguments, for_backward, *options), test_utils=CHECKS)
-        *_, checkpoints = registered.lif_forward(*arguments, True, *options)
-        assert (checkpoints.numel() > 0) == (backend != "cpu" and x.shape[options.time_dim] > 16)
-        checkpoints = checkpoints if checkpoints.numel() else None
-        grads = (torch.randn(x.shape), None, None, None)
-        if v_init is not None:
-            grads = (grads[0], torch.randn(v_init.shape), torch.randn(x.shape), torch.ones(()))
-        for needs_v_init in {False, v_init is not None}:
-            opcheck(
-                registered.lif_backward,
-                (*arguments, checkpoints, *grads, needs_v_init, *options),
-                test_utils=CHECKS,
-            )
+    for x, tensors, options in lif_cases(backend):
+        opcheck(registered.lif_forward, (x, *tensors, True, *options), test_utils=CHECKS)
+        results = LIFResults(*registered.lif_forward(x, *tensors, True, *options))
+        steps = options.steps or x.shape[options.time_dim]
+        needs = backend != "cpu" and steps > 16 and options.bits < 2
+        assert (results.checkpoints.numel() > 0) == needs
+        grads = LIFGrads(torch.randn(results.spikes.shape))
+        if tensors.v_init is not None:
+            state, potential = torch.randn(tensors.v_init.shape), torch.randn(x.shape)
+            grads = LIFGrads(grads.spikes, state, potential, torch.ones(()))
+        everything = LIFWanted(
+            v_init=tensors.v_init is not None,
+            neuron=tensors.neuron is not None,
+            affine=tensors.stats is not None,
+            gains=tensors.gains is not None,
+        )
+        kept = (results.checkpoints if needs else None, results.bits if options.bits > 1 else None)
+        arguments = (x, *tensors, *kept, None, *grads, *everything, *options)
+        opcheck(registered.lif_backward, arguments, test_utils=CHECKS)
+
+
+def test_opcheck_batch_statistics(backend):
+    for x, dim in ((torch.randn(4, 3, 5), 1), (torch.randn(4, 6, 5)[..., ::2].double(), 2)):
+        arguments = (x, dim, 1e-5, 2, backend)
+        opcheck(torch.ops.trt_kernels.batch_statistics, arguments, test_utils=CHECKS)
 
 
 def test_opcheck_penalty(backend):
@@ -89,23 +120,25 @@ def test_opcheck_loss(backend):
 
 def test_op_and_direct_call_agree():
     """Eager calls bypass the op; both must give the same."""
-    for x, v_init, weight, options in lif_cases():
-        direct = ops.lif_forward(x, v_init, weight, True, options)
-        through_op = torch.ops.trt_kernels.lif_forward(x, v_init, weight, True, *options)
+    for x, tensors, options in lif_cases():
+        direct = ops.lif_forward(x, tensors, True, options)
+        through_op = torch.ops.trt_kernels.lif_forward(x, *tensors, True, *options)
         for a, b in zip(direct, through_op, strict=True):
             assert torch.equal(a, b) if a is not None else b.numel() == 0
 
 
 def test_the_op_refuses_a_weight_without_phi():
     with pytest.raises(ValueError, match="a penalty's weight needs a phi"):
-        torch.ops.trt_kernels.lif_forward(torch.zeros(4, 6), None, torch.ones(4), False, *LIF)
+        given = LIFTensors(penalty_weight=torch.ones(4))
+        torch.ops.trt_kernels.lif_forward(torch.zeros(4, 6), *given, False, *LIF)
 
 
 def test_cuda_refuses_a_long_sequence_without_checkpoints(on_host):
     options = LIF._replace(backend="cuda")
     x = torch.zeros(17, 3)
     with pytest.raises(ValueError, match="a sequence of 17 steps needs the forward's checkpoints"):
-        ops.lif_backward(x, None, None, None, (x, None, None, None), False, options)
+        nothing = (LIFTensors(), None, None, None)
+        ops.lif_backward(x, *nothing, LIFGrads(x), LIFWanted(), options)
 
 
 def test_fake_tensors_go_through_the_op():

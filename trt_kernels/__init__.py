@@ -5,10 +5,11 @@ Start with `lif`, `trt_penalty`, `temporal_loss` and the modules `nn.LIF`, `TRTL
 """
 
 from . import nn
-from .functional import LIFOutput, lif, temporal_loss, trt_penalty, trt_penalty_
+from .functional import LIFOutput, batch_norm_lif, lif, temporal_loss, trt_penalty, trt_penalty_
 from .loss import TETLoss, TRTLoss
 from .ops import use_backend
 from .options import MembranePenalty
+from .packing import pack_saved_spikes
 from .report import Report, report
 from .surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, Surrogate, Triangle
 
@@ -24,8 +25,10 @@ __all__ = [
     "TETLoss",
     "TRTLoss",
     "Triangle",
+    "batch_norm_lif",
     "lif",
     "nn",
+    "pack_saved_spikes",
     "report",
     "temporal_loss",
     "trt_penalty",

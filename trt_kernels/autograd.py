@@ -7,41 +7,52 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import ops
+from .backends import layout
 from .backends.native import PlainLIF
 from .checks import single_backward
-from .options import LIFOptions, LossOptions, PenaltyOptions
+from .options import (
+    LIFGradients,
+    LIFGrads,
+    LIFOptions,
+    LIFTensors,
+    LIFWanted,
+    LossOptions,
+    PenaltyOptions,
+)
 
 
 class LIFFunction(Function):
-    """Keeps x (and v_init where given) and computes the potentials again; on a GPU, of a long
-    sequence, from a potential kept every 16 steps.
+    """Keeps x (and the small tensors that were given) and computes the potentials again; on a GPU,
+    of a long sequence, from a potential kept every 16 steps. With `options.bits` of 2 it keeps two
+    bits a neuron-step and no x.
 
-    Takes x and the options, then v_init and the regularizer's weight where either is given: every
-    further argument costs a small call half a microsecond. Returns the spikes, then whichever of
-    state, potential and penalty the options ask for; the spikes alone, not in a tuple, where they
-    ask for nothing.
+    Takes x and the options, then the `LIFTensors` and the process group that the batch statistics
+    are shared over, where any is given: every further argument costs a small call half a
+    microsecond. Returns the spikes, then whichever of state, potential, penalty, rate and bits the
+    options ask for; the spikes alone, not in a tuple, where they ask for nothing.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        options: LIFOptions,
-        v_init: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, options: LIFOptions, *given: Any) -> Any:
         ctx.options = options
+        tensors = LIFTensors(*given[:-1])
+        ctx.group = given[-1] if given else None
         for_backward = any(ctx.needs_input_grad)
-        *outputs, checkpoints = ops.lif_forward(x, v_init, weight, for_backward, options)
-        if v_init is None and weight is None and checkpoints is None:
-            ctx.save_for_backward(x)
+        results = ops.lif_forward(x, tensors, for_backward, options)
+        *outputs, checkpoints, bits = results
+        if options.bits == 2:
+            ctx.x = (x.dtype, x.shape, layout.dense_input(x, options).stride())
+            ctx.save_for_backward(None, *tensors, None, bits)
+        elif given or checkpoints is not None:
+            ctx.save_for_backward(x, *tensors, checkpoints, None)
         else:
-            ctx.save_for_backward(x, v_init, weight, checkpoints)
-        spikes, state, potential, penalty = outputs
-        if state is None and potential is None and penalty is None:
-            return spikes
+            ctx.save_for_backward(x)
+        extras = [output for output in (*outputs[1:], bits) if output is not None]
+        if not extras:
+            return results.spikes
         ctx.set_materialize_grads(False)
-        return tuple(output for output in outputs if output is not None)
+        ctx.mark_non_differentiable(*(t for t in (results.rate, bits) if t is not None))
+        return results.spikes, *extras
 
     @staticmethod
     def backward(ctx: Any, grad_spikes: Tensor | None, *extras: Tensor | None) -> Any:
@@ -49,20 +60,98 @@ class LIFFunction(Function):
             single_backward("lif")
         options = ctx.options
         needs = ctx.needs_input_grad
-        saved = ctx.saved_tensors
-        x, v_init, weight, checkpoints = saved if len(saved) == 4 else (saved[0], None, None, None)
-        grad_state = grad_potential = grad_penalty = None
-        if extras:
-            arriving = iter(extras)
-            grad_state = next(arriving) if options.return_state else None
-            grad_potential = next(arriving) if options.return_potential else None
-            grad_penalty = next(arriving) if weight is not None else None
-        grads = (grad_spikes, grad_state, grad_potential, grad_penalty)
-        needs_v_init = len(needs) > 2 and needs[2]
-        grad_x, grad_v_init = ops.lif_backward(
-            x, v_init, weight, checkpoints, grads, needs_v_init, options
+        x, *saved = ctx.saved_tensors
+        tensors, checkpoints, bits = LIFTensors(), None, None
+        if saved:
+            *given, checkpoints, bits = saved
+            tensors = LIFTensors(*given)
+        arriving = iter(extras)
+        grads = LIFGrads(
+            grad_spikes,
+            next(arriving) if options.return_state else None,
+            next(arriving) if options.return_potential else None,
+            next(arriving) if tensors.penalty_weight is not None else None,
         )
-        return (grad_x if needs[0] else None, None, grad_v_init, None)[: len(needs)]
+        if bits is not None:
+            x, grads = _instead_of_x(ctx.x, bits, grads, options)
+        if len(needs) == 2:
+            wanted = LIFWanted(needs[0])
+            return ops.lif_backward(
+                x, tensors, checkpoints, bits, None, grads, wanted, options
+            ).x, None
+        _, _, v_init, _, neuron, _, weight, bias, gains, _ = needs
+        wanted = LIFWanted(needs[0], v_init, neuron, weight or bias, gains)
+        if ctx.group is None or not options.batch:
+            results = ops.lif_backward(x, tensors, checkpoints, bits, None, grads, wanted, options)
+        else:
+            results = _backward_over_group(
+                ctx.group, x, tensors, checkpoints, grads, wanted, options
+            )
+        grad_weight = grad_bias = grad_gains = None
+        if results.affine is not None:
+            # The gradient of x̂·scale·weight + bias.
+            grad_weight, grad_bias = results.affine[0] * options.scale, results.affine[1]
+        if results.gains is not None and tensors.gains is not None:
+            grad_gains = results.gains
+            if tensors.gains.ndim == 1:
+                grad_gains = grad_gains.sum(1)
+        return (
+            results.x,
+            None,
+            results.v_init,
+            None,
+            results.neuron,
+            None,
+            grad_weight if weight else None,
+            grad_bias if bias else None,
+            grad_gains,
+            None,
+        )
+
+
+def _instead_of_x(
+    like: tuple[torch.dtype, torch.Size, tuple[int, ...]],
+    bits: Tensor,
+    grads: LIFGrads,
+    options: LIFOptions,
+) -> tuple[Tensor, LIFGrads]:
+    """A tensor like an x that was not kept, in shape and memory order: the gradient of the spikes,
+    where it can serve, or one without values."""
+    dtype, shape, stride = like
+    if grads.spikes is None or options.steps:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=bits.device), grads
+    given = grads.spikes
+    if given.stride() != stride:
+        given = torch.empty_strided(shape, stride, dtype=dtype, device=bits.device).copy_(given)
+    return given, grads._replace(spikes=given)
+
+
+def _backward_over_group(
+    group: Any,
+    x: Tensor,
+    tensors: LIFTensors,
+    checkpoints: Tensor | None,
+    grads: LIFGrads,
+    wanted: LIFWanted,
+    options: LIFOptions,
+) -> LIFGradients:
+    """The backward pass where mean and deviation are those of all processes of a group.
+
+    A process's own sums are the gradients of its weight and bias, as in torch's SyncBatchNorm.
+    """
+    sums = ops.lif_backward(
+        x, tensors, checkpoints, None, None, grads, wanted._replace(x=False, affine=True), options
+    )
+    assert sums.affine is not None and tensors.stats is not None
+    if not wanted.x:
+        return sums
+    channels = tensors.stats.shape[1]
+    count = x.numel() // channels * max(1, options.steps)
+    total = torch.cat([sums.affine.flatten().double(), sums.affine.new_tensor([count]).double()])
+    torch.distributed.all_reduce(total, group=group)
+    means = (total[:-1] / total[-1]).view(2, channels).to(sums.affine.dtype)
+    written = ops.lif_backward(x, tensors, checkpoints, None, means, grads, LIFWanted(), options)
+    return sums._replace(x=written.x)
 
 
 class LIFSpikes(Function):
@@ -79,7 +168,7 @@ class LIFSpikes(Function):
         return spikes
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         if torch.is_grad_enabled():
             single_backward("lif")
         x, *kept = ctx.saved_tensors
@@ -87,9 +176,11 @@ class LIFSpikes(Function):
         straight = checkpoints is None or checkpoints.is_contiguous()
         if straight and x.is_contiguous() and grad.is_contiguous() and ops.is_plain(x, grad):
             return ctx.plain.backward(x, checkpoints, grad), None
-        grads = (grad, None, None, None)
-        options = ctx.plain.options
-        return ops.lif_backward(x, None, None, checkpoints, grads, False, options)[0], None
+        grads, options = LIFGrads(grad), ctx.plain.options
+        results = ops.lif_backward(
+            x, LIFTensors(), checkpoints, None, None, grads, LIFWanted(), options
+        )
+        return results.x, None
 
 
 class TRTPenaltyFunction(Function):

@@ -34,11 +34,6 @@ def finite(name: str, value: Any) -> float:
 
 def neuron_parameter(name: str, value: Any, dtype: torch.dtype) -> float:
     """`value` as a float that is finite in the state dtype of `dtype` too."""
-    if isinstance(value, Tensor):
-        raise NotImplementedError(
-            f"{name}: got a tensor of shape {tuple(value.shape)}; a learnable or per-channel "
-            f"{name} is not part of this version, which needs a float"
-        )
     number = finite(name, value)
     if abs(number) > torch.finfo(state_dtype(dtype)).max:
         raise ValueError(f"{name}: got {value!r}, which is not finite in {state_dtype(dtype)}")
@@ -110,6 +105,29 @@ def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> T
         needed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: got dtype {value.dtype}, needs one of {needed}")
     return value
+
+
+def channels(name: str, value: Tensor, count: int | None, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """`value`, a scalar or one number a channel of x, as [1] or [count] in `dtype`.
+
+    `count` is None where x has no channel dimension.
+    """
+    tensor(name, value)
+    same_device(name, value, "x", x)
+    allowed = (1,) if count is None else (1, count)
+    if value.ndim > 1 or value.numel() not in allowed:
+        needed = "a scalar (one a channel needs channel_dim)"
+        if count is not None:
+            needed = f"a scalar or one number for each of {count} channels"
+        raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, needs {needed}")
+    return value.reshape(-1).to(dtype)
+
+
+def positive(name: str, value: Any) -> float:
+    number = finite(name, value)
+    if number <= 0:
+        raise ValueError(f"{name}: got {value!r}, needs a number > 0")
+    return number
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -1,18 +1,21 @@
 """The public functions. They check every argument and choose a backend; ops.py runs it."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, ops, packing
 from .autograd import LIFFunction, LIFSpikes, TemporalLossFunction, TRTPenaltyFunction
 from .backends import reference
 from .backends.native import PlainLIF
 from .ops import choose_backend, trt_penalty_accumulate
 from .options import (
+    LIF_SETTINGS,
     LIFOptions,
+    LIFTensors,
     LossOptions,
     MembranePenalty,
     PenaltyOptions,
@@ -53,15 +56,16 @@ def _check_lif(
         choose_backend("lif", backend, x.device),
         x.ndim,
         x.dtype,
+        packing.active(),
     )
 
 
 def lif(
     x: Tensor,
     *,
-    decay: float = 0.5,
-    threshold: float = 1.0,
-    v_reset: float = 0.0,
+    decay: float | Tensor = 0.5,
+    threshold: float | Tensor = 1.0,
+    v_reset: float | Tensor = 0.0,
     reset: str = "hard",
     detach_reset: bool = False,
     surrogate: Surrogate | Callable[[Tensor], Tensor] = Triangle(1.0),  # noqa: B008
@@ -82,21 +86,26 @@ def lif(
 
     With v_{-1} = v_init, for t = 0..T-1:
 
-        h_t = decay·v_{t-1} + x_t                     charge "decay"
-        h_t = v_{t-1} / tau + x_t, tau = 1/decay      charge "divide", a true division
-        s_t = 1 if h_t > threshold else 0             (>= with fire_at_threshold)
-        v_t = v_reset where s_t = 1, else h_t         reset "hard"
-        v_t = h_t - threshold·s_t                     reset "soft"
-        v_t = h_t                                     reset "none"
+        h_t = decay·v_{t-1} + x_t                             charge "decay"; decay 1 is the IF
+        h_t = v_{t-1} / tau + x_t, tau = 1/decay              charge "divide", a true division
+        h_t = v_{t-1} + (x_t - (v_{t-1} - v_reset))·decay     charge "leak", as in PLIF
+        s_t = 1 if h_t > threshold else 0                     (>= with fire_at_threshold)
+        v_t = v_reset where s_t = 1, else h_t                 reset "hard"
+        v_t = h_t - threshold·s_t                             reset "soft"
+        v_t = h_t                                             reset "none"
 
-    Differentiable in x and v_init, with the surrogate's σ'(h - threshold) for the spike's
-    derivative and, unless detach_reset, through the reset. Only x is kept for the backward pass.
-    Float32 spikes and potentials are the same bit for bit on every backend.
+    Differentiable in x, v_init, decay, threshold and v_reset, with the surrogate's
+    σ'(h - threshold) for the spike's derivative and, unless detach_reset, through the reset. Only x
+    is kept for the backward pass. Float32 spikes and potentials are the same bit for bit on every
+    backend.
 
     Args:
         x: input current, floating [..., T at time_dim, ...], any dense layout (read in place;
             others are copied). float16 and bfloat16 are integrated in float32.
-        decay: membrane decay a step; with charge "divide", 1/tau.
+        decay: membrane decay a step; with the charges "divide" and "leak", 1/tau. This, threshold
+            and v_reset are each a float, or a floating tensor: a scalar, or one value for each of C
+            channels; rounded to the state's dtype, and with a gradient where it requires one. The
+            values of a tensor are not checked.
         threshold: firing threshold, in the units of x.
         v_reset: potential after a spike under the hard reset.
         reset: "hard", "soft" or "none".
@@ -104,27 +113,33 @@ def lif(
         surrogate: Triangle, Sigmoid, ATan, Rectangle, FastSigmoid; or any callable that gives σ'(u)
             elementwise, on backend="reference" only.
         fire_at_threshold: fire at h >= threshold instead of h > threshold.
-        charge: "decay", or "divide" with tau = 1/decay rounded to the state's dtype.
+        charge: "decay", "divide" with tau = 1/decay rounded to the state's dtype, or "leak".
+        steps: x has no time and is a constant current over so many steps. It is read once, and its
+            gradient is summed over time. Spikes are those of the repeated x, with T at time_dim.
         v_init: potential before the first step, x's shape without time, float32 (float64 for
             float64 x); 0 if not given.
-        time_dim: the dimension of x that is time.
+        time_dim: the dimension of the spikes that is time.
+        channel_dim: the dimension of x that tensors of C values belong to.
         penalty: adds the scalar R = Σ_t weight_t · mean φ(h_t) to the result at no memory traffic.
         return_state: also return v_{T-1}, x's shape without time, float32 (float64 for float64).
-        return_potential: also return all h_t, x's shape, float32 (float64 for float64).
-        steps, channel_dim, statistics, memory: for later versions; anything but the default raises.
+        return_potential: also return all h_t, the spikes' shape, float32 (float64 for float64).
+        statistics: also return the mean firing rate of each step, [T], float32 (float64 for
+            float64), from the same pass. It has no gradient: for one, use a penalty "spike".
+        memory: "recompute" keeps x. "bits" keeps two bits a neuron-step instead, with which the
+            gradient is exactly the same: for a Rectangle surrogate, a reset that is detached, soft
+            or none, a decay without gradient, and no penalty but "spike".
         backend: "cpu", "cuda", "triton", "reference" or "auto"; by default that of `use_backend`.
 
     Returns:
-        Spikes of x's shape, dtype and layout; a `LIFOutput` if any extra is asked for. An empty x
-        gives empty spikes, the state v_init, and a penalty of 0.
+        Spikes of x's shape (with time), dtype and layout; a `LIFOutput` if any extra is asked for.
+        An empty x gives empty spikes, the state v_init, and a penalty and rates of 0.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
-        NotImplementedError: what a later version brings.
         RuntimeError: a backend that cannot serve, with the reason; double backward.
 
     Source: the TRT paper and its official code (arXiv 2506.19256), with charge "divide" for the
-    latter's v/tau; SpikingJelly for fire_at_threshold and detach_reset.
+    latter's v/tau; SpikingJelly for fire_at_threshold, detach_reset and charge "leak".
     """
     settings = (
         decay,
@@ -143,8 +158,11 @@ def lif(
         statistics,
         memory,
     )
-    if torch.compiler.is_compiling() or penalty is not None or not isinstance(x, Tensor):
-        options = _check_lif(x, penalty, backend, settings)
+    learned = (
+        isinstance(decay, Tensor) or isinstance(threshold, Tensor) or isinstance(v_reset, Tensor)
+    )
+    if torch.compiler.is_compiling() or learned or penalty is not None or not isinstance(x, Tensor):
+        options = _check_lif(x, penalty, backend, _with_floats(settings) if learned else settings)
     else:
         chosen = ops.default_backend if backend is None else backend
         # The classes too: 0.0 and False equal 0, and would pass for a checked time_dim.
@@ -158,6 +176,9 @@ def lif(
             return_state.__class__,
             return_potential.__class__,
             statistics.__class__,
+            steps.__class__,
+            channel_dim.__class__,
+            packing.active(),
         )
         key = (settings, classes, chosen, x.dtype, x.device, x.ndim, x.layout)
         try:
@@ -174,40 +195,114 @@ def lif(
         options, short = known
         if short is not None and v_init is None and x.is_contiguous() and ops.is_plain(x):
             return LIFSpikes.apply(x, short)
-    weight = None if penalty is None else _penalty_weight(penalty, x, options)
-    if v_init is not None:
-        _check_v_init(v_init, x, options)
+    neuron = None
+    if learned:
+        neuron = _neuron(x, decay, threshold, v_reset, options, 1)
+    return _lif(x, LIFTensors(v_init, None, neuron), penalty, options, surrogate, None)
+
+
+def _lif(
+    x: Tensor,
+    tensors: LIFTensors,
+    penalty: MembranePenalty | None,
+    options: LIFOptions,
+    surrogate: Any,
+    group: Any,
+) -> Any:
+    """Runs checked options; what is left to check are v_init and the penalty's weight."""
+    if penalty is not None:
+        tensors = tensors._replace(penalty_weight=_penalty_weight(penalty, x, options))
+    if tensors.v_init is not None:
+        _check_v_init(tensors.v_init, x, options)
     state: Tensor | None
     potential: Tensor | None
     value: Tensor | None
-    plain = not (return_state or return_potential or penalty is not None)
+    rate: Tensor | None
+    plain = not (
+        options.return_state
+        or options.return_potential
+        or options.statistics
+        or penalty is not None
+    )
     if options.backend == "reference":
-        spikes, state, potential, value = reference.lif(x, v_init, weight, options, surrogate)
+        spikes, state, potential, value, rate, *_ = reference.lif(x, tensors, options, surrogate)
         if plain:
             return spikes
-        state = state if return_state else None
-        potential = potential if return_potential else None
+        return LIFOutput(
+            spikes,
+            state if options.return_state else None,
+            value,
+            potential if options.return_potential else None,
+            rate if options.statistics else None,
+        )
+    if any(t is not None for t in tensors):
+        result = LIFFunction.apply(x, options, *tensors, group)
     else:
-        if plain and v_init is None:
-            return LIFFunction.apply(x, options)
-        result = LIFFunction.apply(x, options, v_init, weight)
-        if plain:
-            return result
-        spikes, *extras = result
-        arriving = iter(extras)
-        state = next(arriving) if return_state else None
-        potential = next(arriving) if return_potential else None
-        value = next(arriving) if penalty is not None else None
-    return LIFOutput(spikes, state, value, potential, None)
+        result = LIFFunction.apply(x, options)
+    if isinstance(result, Tensor):
+        return result
+    spikes, *extras = result
+    arriving = iter(extras)
+    state = next(arriving) if options.return_state else None
+    potential = next(arriving) if options.return_potential else None
+    value = next(arriving) if penalty is not None else None
+    rate = next(arriving) if options.statistics else None
+    if options.bits:
+        packing.remember(spikes, next(arriving)[0], options.time_dim)
+    return spikes if plain else LIFOutput(spikes, state, value, potential, rate)
+
+
+_LEARNABLE = {"decay": 0.5, "threshold": 1.0, "v_reset": 0.0}
+
+
+def _with_floats(settings: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The settings with a float in the place of each tensor, which `_neuron` checks."""
+    return tuple(
+        _LEARNABLE[name] if name in _LEARNABLE and isinstance(value, Tensor) else value
+        for name, value in zip(LIF_SETTINGS, settings, strict=True)
+    )
+
+
+def _neuron(
+    x: Tensor, decay: Any, threshold: Any, v_reset: Any, options: LIFOptions, channels: int
+) -> Tensor:
+    """decay (tau for charge "divide"), threshold and v_reset as [3, C], of at least `channels`."""
+    dtype = checks.state_dtype(x.dtype)
+    count = None
+    if options.channel_dim >= 0:
+        dim = options.channel_dim
+        count = x.shape[dim if options.steps or dim < options.time_dim else dim + 1]
+    if options.bits == 2 and isinstance(decay, Tensor) and decay.requires_grad:
+        raise ValueError("memory: 'bits' needs a decay without gradient: it takes the potentials")
+    rows = []
+    for name, value in (("decay", decay), ("threshold", threshold), ("v_reset", v_reset)):
+        divides = name == "decay" and options.charge == "divide"
+        if isinstance(value, Tensor):
+            row = checks.channels(name, value, count, dtype, x)
+            row = 1 / row if divides else row
+        else:
+            row = torch.full((1,), 1 / value if divides else value, dtype=dtype, device=x.device)
+        rows.append(row)
+    for row in rows:
+        channels = row.numel() if row.numel() != 1 else channels
+    return torch.stack([row.expand(channels) for row in rows])
+
+
+LIF_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(lif).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+}
+LIF_KEYWORDS = LIF_DEFAULTS.keys()
 
 
 def _penalty_weight(penalty: MembranePenalty, x: Tensor, options: LIFOptions) -> Tensor:
-    steps = x.shape[options.time_dim]
+    steps = options.steps or x.shape[options.time_dim]
     weight = penalty.weight
     if weight.shape[0] != steps:
         raise ValueError(
             f"penalty: its weight has {weight.shape[0]} entries, needs one for each of the "
-            f"{steps} steps of x"
+            f"{steps} steps"
         )
     if weight.requires_grad:
         raise ValueError("penalty: its weight requires grad, but there is no gradient for it")
@@ -220,10 +315,193 @@ def _penalty_weight(penalty: MembranePenalty, x: Tensor, options: LIFOptions) ->
 def _check_v_init(v_init: Tensor, x: Tensor, options: LIFOptions) -> None:
     checks.tensor("v_init", v_init, (checks.state_dtype(x.dtype),))
     dim = options.time_dim
-    needed = (*x.shape[:dim], *x.shape[dim + 1 :])
+    needed = tuple(x.shape) if options.steps else (*x.shape[:dim], *x.shape[dim + 1 :])
     if tuple(v_init.shape) != needed:
         raise ValueError(f"v_init: got shape {tuple(v_init.shape)}, needs {needed}")
     checks.same_device("v_init", v_init, "x", x)
+
+
+def batch_norm_lif(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    time_dim: int = 0,
+    scale: float = 1.0,
+    gains: Tensor | None = None,
+    process_group: Any = None,
+    **lif_options: Any,
+) -> Any:
+    """Batch normalisation and `lif` in one operator: what stands between two convolutions.
+
+        z = scale·weight·(x - mean) / √(var + eps) + bias       y_t = gains_t·z_t
+        spikes = lif(y)
+
+    mean and var are those of each channel over everything else, time included (the "tdBN" of the
+    official networks; the α·threshold of tdBN proper goes into `scale`), biased as in
+    `torch.nn.functional.batch_norm`; without `training`, running_mean and running_var. In training
+    these two are updated in place, var unbiased, by `momentum`.
+
+    Two passes over x forward and two backward; only x and vectors of a channel's numbers are kept.
+    Differentiable in x, weight, bias, gains, v_init, decay, threshold and v_reset. y is computed in
+    the state's dtype as gains·((x - m)·a + b), a = inverse·scale·weight, and never rounded to half:
+    given the same mean and inverse deviation, spikes are those of `lif` bit for bit.
+
+    Args:
+        x: floating [T, B, C, *], or [B, T, C, *] with time_dim=1; any dense layout in place. With
+            `steps` [B, C, *], constant in time: normalised and read once, running_var as if x had
+            been repeated.
+        running_mean, running_var: [C], or None in training.
+        weight, bias: [C] or None, for 1 and 0.
+        training: take mean and var from x.
+        momentum: share of the new in the running statistics.
+        eps: > 0.
+        time_dim: 0 or 1.
+        scale: a factor of the normalised x.
+        gains: a factor for every step of the whole normalisation, [T], or [T, C] (TEBN).
+        process_group: in training, share the statistics over this group of `torch.distributed`, as
+            SyncBatchNorm does (`torch.distributed.group.WORLD` for all processes).
+        lif_options: every keyword of `lif`; channel_dim is that of C, and memory "recompute".
+
+    Returns:
+        What `lif` returns.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named; one value a channel in training.
+        RuntimeError: a backend that cannot serve, with the reason; double backward; a process group
+            under torch.compile.
+
+    Source: BatchNorm (arXiv 1502.03167), tdBN (2011.05280), TEBN (NeurIPS 2022).
+    """
+    unknown = lif_options.keys() - LIF_KEYWORDS
+    if unknown:
+        raise TypeError(
+            f"batch_norm_lif: unknown options {sorted(unknown)}; lif takes {sorted(LIF_KEYWORDS)}"
+        )
+    given = {**LIF_DEFAULTS, **lif_options, "time_dim": time_dim}
+    penalty = given["penalty"]
+    settings = tuple(given[name] for name in LIF_SETTINGS)
+    options = _check_lif(x, penalty, given["backend"], _with_floats(settings))
+    if options.time_dim > 1:
+        raise ValueError(
+            f"time_dim: got {time_dim}, needs 0 for [T, B, C, *] or 1 for [B, T, C, *]"
+        )
+    if x.ndim < (2 if options.steps else 3):
+        wanted = "[B, C, *]" if options.steps else "[T, B, C, *]"
+        raise ValueError(f"x: got shape {tuple(x.shape)}, needs {wanted}")
+    if options.bits == 2:
+        raise ValueError("memory: 'bits' is not for batch_norm_lif, whose backward pass needs x")
+    channel_dim = 1 if options.steps else 2
+    if given["channel_dim"] is not None and given["channel_dim"] % x.ndim != channel_dim:
+        raise ValueError(
+            f"channel_dim: got {given['channel_dim']}, but the channels normalised are dimension "
+            f"{channel_dim}"
+        )
+    options = options._replace(
+        channel_dim=1, scale=checks.neuron_parameter("scale", scale, x.dtype)
+    )
+    training = checks.boolean("training", training)
+    momentum = checks.fraction("momentum", momentum)
+    eps = checks.positive("eps", eps)
+    channels = x.shape[channel_dim]
+    dtype = checks.state_dtype(x.dtype)
+    vectors = []
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is not None:
+            checks.tensor(name, vector)
+            checks.same_device(name, vector, "x", x)
+            if tuple(vector.shape) != (channels,):
+                raise ValueError(f"{name}: got shape {tuple(vector.shape)}, needs ({channels},)")
+        vectors.append(vector)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean, running_var: got one without the other")
+    for running in (running_mean, running_var):
+        if running is not None and running.requires_grad:
+            raise ValueError("running_mean, running_var: require grad, but there is none for them")
+    if gains is not None:
+        steps = options.steps or x.shape[options.time_dim]
+        checks.tensor("gains", gains)
+        checks.same_device("gains", gains, "x", x)
+        if tuple(gains.shape) not in ((steps,), (steps, channels)):
+            raise ValueError(
+                f"gains: got shape {tuple(gains.shape)}, needs ({steps},) or ({steps}, {channels})"
+            )
+        gains = gains.to(dtype).contiguous()
+    neuron = None
+    if any(isinstance(given[name], Tensor) for name in _LEARNABLE):
+        neuron = _neuron(x, given["decay"], given["threshold"], given["v_reset"], options, channels)
+    if training:
+        group = process_group
+        stats = _batch_stats(x, channel_dim, eps, max(1, options.steps), options.backend, group)
+        if running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                running_mean.lerp_(stats[0].to(running_mean.dtype), momentum)
+                running_var.lerp_(stats[3].to(running_var.dtype), momentum)
+    else:
+        group = None
+        if running_mean is None or running_var is None:
+            raise ValueError("running_mean, running_var: got None, needed where training is False")
+        stats = _running_stats(running_mean, running_var, eps, dtype)
+    options = options._replace(batch=training)
+    weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
+    tensors = LIFTensors(given["v_init"], None, neuron, stats, weight, bias, gains)
+    return _lif(x, tensors, penalty, options, given["surrogate"], group)
+
+
+def _batch_stats(
+    x: Tensor, channel_dim: int, eps: float, repeat: int, backend: str, group: Any
+) -> Tensor:
+    """The statistics of x, over a group of processes where there is one; [4, C]."""
+    channels = x.shape[channel_dim]
+    count = x.numel() // max(1, channels) * repeat
+    if group is None:
+        if count <= 1:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, needs more than one value a channel in training"
+            )
+        if backend == "reference":
+            return reference.batch_statistics(x, channel_dim, eps, repeat)
+        return ops.batch_statistics(x.detach(), channel_dim, eps, repeat, backend)
+    if torch.compiler.is_compiling():
+        raise RuntimeError("process_group: statistics are not shared under torch.compile")
+    if backend == "reference":
+        raise ValueError("process_group: statistics are not shared on backend='reference'")
+    # Parallel variance: of the group's means and variances, in double and in the order of ranks.
+    own = x.new_zeros((3, channels), dtype=torch.float64)
+    own[2] = count
+    if count:
+        mean, rest, _, unbiased = ops.batch_statistics(
+            x.detach(), channel_dim, eps, repeat, backend
+        ).double()
+        own[0] = mean + rest
+        own[1] = unbiased * (count - 1)
+    every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(every, own, group=group)
+    means, squares, counts = torch.stack(every).unbind(1)  # [processes, C] each
+    total = counts.sum(0)
+    mean = (means * counts).sum(0) / total
+    squares = (squares + counts * (means - mean) ** 2).sum(0)
+    rounded = mean.to(checks.state_dtype(x.dtype))
+    inverse = 1 / (squares / total + eps).sqrt()
+    rows = [mean - rounded.double(), inverse, squares / (total - 1)]
+    return torch.stack([rounded, *(row.to(rounded.dtype) for row in rows)])
+
+
+def _running_stats(mean: Tensor, variance: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """As of a batch, of running statistics."""
+    inverse = 1 / (variance.double() + eps).sqrt()
+    mean = mean.to(dtype)
+    return torch.stack([mean, torch.zeros_like(mean), inverse.to(dtype), variance.to(dtype)])
 
 
 def trt_penalty(

@@ -18,7 +18,16 @@ from torch import Tensor
 from . import backends
 from .backends import layout, native
 from .checks import choice, state_dtype
-from .options import LIFOptions, LossOptions, PenaltyOptions
+from .options import (
+    LIFGradients,
+    LIFGrads,
+    LIFOptions,
+    LIFResults,
+    LIFTensors,
+    LIFWanted,
+    LossOptions,
+    PenaltyOptions,
+)
 
 # --- Backend choice. A module global: a ContextVar breaks fullgraph tracing, and a thread-local
 # would be unseen by the thread of the backward pass.
@@ -98,9 +107,14 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 # --- Schemas.
 _LIF = (
-    "int time_dim, float decay, float threshold, float v_reset, str reset, bool detach_reset, "
-    "str surrogate, float surrogate_parameter, bool fire_at_threshold, str charge, str phi, "
-    "float delta, float eps, bool return_state, bool return_potential, str backend"
+    "int time_dim, int steps, int channel_dim, float decay, float threshold, float v_reset, "
+    "str reset, bool detach_reset, str surrogate, float surrogate_parameter, "
+    "bool fire_at_threshold, str charge, str phi, float delta, float eps, float scale, bool batch, "
+    "bool return_state, bool return_potential, bool statistics, int bits, str backend"
+)
+_LIF_TENSORS = (
+    "Tensor? v_init, Tensor? penalty_weight, Tensor? neuron, Tensor? stats, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor? gains"
 )
 _PENALTY = "int steps, float weight, float delta, float eps, str backend"
 _LOSS = (
@@ -108,12 +122,13 @@ _LOSS = (
     "float label_smoothing, int ignore_index, str backend"
 )
 _SCHEMAS = {
-    "lif_forward": "(Tensor x, Tensor? v_init, Tensor? penalty_weight, bool for_backward, "
-    f"{_LIF}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "lif_backward": "(Tensor x, Tensor? v_init, Tensor? penalty_weight, Tensor? checkpoints, "
-    "Tensor? grad_spikes, Tensor? grad_state, Tensor? grad_potential, Tensor? grad_penalty, "
-    "bool needs_v_init, "
-    f"{_LIF}) -> (Tensor, Tensor)",
+    "lif_forward": f"(Tensor x, {_LIF_TENSORS}, bool for_backward, {_LIF}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "lif_backward": f"(Tensor x, {_LIF_TENSORS}, Tensor? checkpoints, Tensor? kept_bits, "
+    "Tensor? means, Tensor? grad_spikes, Tensor? grad_state, Tensor? grad_potential, "
+    "Tensor? grad_penalty, bool wants_x, bool wants_v_init, bool wants_neuron, "
+    f"bool wants_affine, bool wants_gains, {_LIF}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "batch_statistics": "(Tensor x, int channel_dim, float eps, int repeat, str backend) -> Tensor",
     "trt_penalty_forward": f"(Tensor[] params, {_PENALTY}) -> Tensor",
     "trt_penalty_backward": f"(Tensor grad, Tensor[] params, {_PENALTY}) -> Tensor[]",
     "trt_penalty_accumulate": "(Tensor[] params, Tensor(a!)[] grads, float scale, "
@@ -145,99 +160,119 @@ def _or_empty(x: Tensor, *values: Tensor | None) -> tuple[Tensor, ...]:
 
 # --- lif
 def lif_forward(
-    x: Tensor,
-    v_init: Tensor | None,
-    weight: Tensor | None,
-    for_backward: bool,
-    options: LIFOptions,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Spikes, state, potential, regularizer, and what else the backward pass needs; what `options`
-    do not ask for, or nobody needs, is None."""
-    if is_plain(x, v_init, weight):
-        outputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-        outputs = kernels(options.backend).lif_forward(x, v_init, weight, for_backward, options)
-        return outputs
-    spikes, state, potential, penalty, checkpoints = _registered.lif_forward(
-        x, v_init, weight, for_backward, *options
+    x: Tensor, tensors: LIFTensors, for_backward: bool, options: LIFOptions
+) -> LIFResults:
+    """The spikes, and what else `options` or the backward pass ask for."""
+    if is_plain(x, *tensors):
+        results: LIFResults = kernels(options.backend).lif_forward(
+            x, tensors, for_backward, options
+        )
+        return results
+    spikes, *extras = _registered.lif_forward(x, *tensors, for_backward, *options)
+    asked = (
+        options.return_state,
+        options.return_potential,
+        tensors.penalty_weight is not None,
+        options.statistics,
+        for_backward and layout.has_checkpoints(x, options),
+        options.bits > 0,
     )
-    return (
-        spikes,
-        state if options.return_state else None,
-        potential if options.return_potential else None,
-        penalty if weight is not None else None,
-        checkpoints if checkpoints.numel() else None,
-    )
+    return LIFResults(spikes, *(e if a else None for a, e in zip(asked, extras, strict=True)))
 
 
 def plain_lif(options: LIFOptions, dtype: torch.dtype) -> native.PlainLIF | None:
     """The short way for plain contiguous tensors, where these options have one."""
-    if options.backend not in ("cpu", "cuda"):
+    if options.backend not in ("cpu", "cuda") or options.steps or options.bits:
         return None
-    if options.return_state or options.return_potential or options.phi:
+    if options.return_state or options.return_potential or options.statistics or options.phi:
         return None
     return native.PlainLIF(options, dtype)
 
 
-def _run_lif_forward(
-    x: Tensor, v_init: Tensor | None, weight: Tensor | None, for_backward: bool, *options: Any
-) -> tuple[Tensor, ...]:
-    chosen = LIFOptions(*options)
-    spikes, *extras = kernels(chosen.backend).lif_forward(x, v_init, weight, for_backward, chosen)
-    return (spikes, *_or_empty(x, *extras))
+_TENSORS = len(LIFTensors._fields)
 
 
-def _fake_lif_forward(
-    x: Tensor, v_init: Tensor | None, weight: Tensor | None, for_backward: bool, *options: Any
-) -> tuple[Tensor, ...]:
-    chosen = LIFOptions(*options)
-    dtype = state_dtype(x.dtype)
-    state = layout.empty_state(x, chosen.time_dim) if chosen.return_state else None
-    potential = torch.empty_like(x, dtype=dtype) if chosen.return_potential else None
-    penalty = None if weight is None else x.new_empty((), dtype=dtype)
-    checkpoints = layout.empty_checkpoints(x, chosen) if for_backward else None
-    return (torch.empty_like(x), *_or_empty(x, state, potential, penalty, checkpoints))
+def _run_lif_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    tensors, for_backward = LIFTensors(*arguments[:_TENSORS]), arguments[_TENSORS]
+    options = LIFOptions(*arguments[_TENSORS + 1 :])
+    results = kernels(options.backend).lif_forward(x, tensors, for_backward, options)
+    return _or_empty(x, *results)
+
+
+def _fake_lif_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    tensors, for_backward = LIFTensors(*arguments[:_TENSORS]), arguments[_TENSORS]
+    options = LIFOptions(*arguments[_TENSORS + 1 :])
+    return _or_empty(x, *layout.lif_forward_tensors(x, tensors, options, for_backward)[2])
 
 
 def lif_backward(
     x: Tensor,
-    v_init: Tensor | None,
-    weight: Tensor | None,
+    tensors: LIFTensors,
     checkpoints: Tensor | None,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    needs_v_init: bool,
+    bits: Tensor | None,
+    means: Tensor | None,
+    grads: LIFGrads,
+    wanted: LIFWanted,
     options: LIFOptions,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of v_init (None unless needed) from those of spikes, state, potential and
-    penalty; a None among them is zero."""
-    if is_plain(x, v_init, weight, *grads):
-        results: tuple[Tensor, Tensor | None]
-        results = kernels(options.backend).lif_backward(
-            x, v_init, weight, checkpoints, grads, needs_v_init, options
+) -> LIFGradients:
+    """The wanted gradients from those of the results.
+
+    Where the potentials come from `bits`, `x` is anything of its shape and order in memory. Where
+    mean and deviation are x's own (`options.batch`), the gradient of x needs the `affine` sums over
+    their number, `means` [2, C]: of these x where they are not given.
+    """
+    if is_plain(x, *tensors, *grads, means):
+        gradients: LIFGradients = kernels(options.backend).lif_backward(
+            x, tensors, checkpoints, bits, means, grads, wanted, options
         )
-        return results
-    grad_x, grad_v_init = _registered.lif_backward(
-        x, v_init, weight, checkpoints, *grads, needs_v_init, *options
+        return gradients
+    results = _registered.lif_backward(
+        x, *tensors, checkpoints, bits, means, *grads, *wanted, *options
     )
-    return grad_x, grad_v_init if needs_v_init else None
+    return LIFGradients(*(r if w else None for w, r in zip(wanted, results, strict=True)))
+
+
+def _lif_backward_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    rest = iter(arguments)
+
+    def take(kind: Any) -> Any:
+        return kind(*(next(rest) for _ in kind._fields))
+
+    tensors = take(LIFTensors)
+    kept = [next(rest) for _ in range(3)]
+    return tensors, *kept, take(LIFGrads), take(LIFWanted), take(LIFOptions)
 
 
 def _run_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    v_init, weight, checkpoints, *grads = arguments[:7]
-    options = LIFOptions(*arguments[8:])
-    grad_x, grad_v_init = kernels(options.backend).lif_backward(
-        x, v_init, weight, checkpoints, grads, arguments[7], options
-    )
-    return (grad_x, *_or_empty(x, grad_v_init))
+    rest = _lif_backward_arguments(arguments)
+    return _or_empty(x, *kernels(rest[-1].backend).lif_backward(x, *rest))
 
 
 def _fake_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    options = LIFOptions(*arguments[8:])
-    grad_v_init = layout.empty_state(x, options.time_dim) if arguments[7] else None
-    return (torch.empty_like(x), *_or_empty(x, grad_v_init))
+    tensors, checkpoints, _, _, grads, wanted, options = _lif_backward_arguments(arguments)
+    ready = layout.lif_backward_tensors(x, tensors, checkpoints, grads, wanted, options)
+    return _or_empty(x, *ready[-1])
 
 
 _register("lif_forward", _run_lif_forward, _fake_lif_forward)
 _register("lif_backward", _run_lif_backward, _fake_lif_backward)
+
+
+def batch_statistics(x: Tensor, channel_dim: int, eps: float, repeat: int, backend: str) -> Tensor:
+    """Of every channel over everything else: mean, what rounding left of it, 1 / deviation with
+    `eps` in it, and the unbiased variance of `repeat` times these numbers. [4, C], state dtype."""
+    if is_plain(x):
+        stats: Tensor = kernels(backend).batch_statistics(x, channel_dim, eps, repeat, backend)
+    else:
+        stats = _registered.batch_statistics(x, channel_dim, eps, repeat, backend)
+    return stats
+
+
+_register(
+    "batch_statistics",
+    lambda *arguments: kernels(arguments[-1]).batch_statistics(*arguments),
+    lambda x, dim, *_: x.new_empty((4, x.shape[dim]), dtype=state_dtype(x.dtype)),
+)
 
 
 # --- trt_penalty

@@ -11,11 +11,11 @@ from . import checks
 from .surrogates import WITH_KERNELS
 
 RESETS = ("hard", "soft", "none")
-CHARGES = ("decay", "divide")
+CHARGES = ("decay", "divide", "leak")
 # The largest δt of a term: one divided by more than 2⁶⁰ is nothing, and its square may overflow.
 LARGEST_EXPONENT = math.log(2.0**60)
 PHIS = ("square", "trt", "range", "spike")
-MEMORIES = ("recompute",)
+MEMORIES = ("recompute", "bits")
 
 
 # The arguments of `lif` that are checked together, in the order that `make_lif_options` takes them.
@@ -41,8 +41,10 @@ LIF_SETTINGS = (
 class LIFOptions(NamedTuple):
     """Everything about a `lif` call but its tensors: plain values, in the op's schema order."""
 
-    time_dim: int
-    decay: float
+    time_dim: int  # of the spikes
+    steps: int  # 0 where x has time; else x is constant over so many steps, and has none
+    channel_dim: int  # of x without time, or -1: what is given by channel is given once for all
+    decay: float  # these three hold where no `LIFTensors.neuron` is given
     threshold: float
     v_reset: float
     reset: str
@@ -54,9 +56,70 @@ class LIFOptions(NamedTuple):
     phi: str  # "" for no regularizer
     delta: float
     eps: float
+    scale: float  # of the normalised input
+    batch: bool  # its mean and deviation are those of x itself, so the gradient goes through them
     return_state: bool
     return_potential: bool
+    statistics: bool
+    bits: int  # planes of bits that the forward pass writes: none, spikes, and where σ' is not 0
     backend: str
+
+
+class LIFTensors(NamedTuple):
+    """What `lif` reads beside x, in the state dtype; C is 1 where nothing is given by channel."""
+
+    v_init: Tensor | None = None  # x's shape without time
+    penalty_weight: Tensor | None = None  # [T]
+    neuron: Tensor | None = None  # [3, C]: decay (tau for charge "divide"), threshold, v_reset
+    # Batch normalisation of the input: y = gains · ((x - mean)·a + b), a = inverse·scale·weight,
+    # b = bias - rest·a, where mean + rest is the mean and inverse 1 / deviation.
+    stats: Tensor | None = None  # [4, C]: mean, rest, inverse, unbiased variance (not read here)
+    norm_weight: Tensor | None = None  # [C]
+    norm_bias: Tensor | None = None  # [C]
+    gains: Tensor | None = None  # [T] or [T, C]
+
+
+class LIFResults(NamedTuple):
+    """What the forward pass writes; None for what is not asked for."""
+
+    spikes: Tensor
+    state: Tensor | None = None  # x's shape without time
+    potential: Tensor | None = None  # the spikes' shape, before the reset
+    penalty: Tensor | None = None  # scalar
+    rate: Tensor | None = None  # [T]: mean of the spikes
+    checkpoints: Tensor | None = None  # [segments - 1, *state]
+    # uint8 [planes, T, ceil(N / 8)]: bit j of byte i is neuron 8i + j in the order of memory.
+    bits: Tensor | None = None
+
+
+class LIFGrads(NamedTuple):
+    """What arrives at the results; None is zero."""
+
+    spikes: Tensor | None = None
+    state: Tensor | None = None
+    potential: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+class LIFWanted(NamedTuple):
+    """What the backward pass is to write."""
+
+    x: bool = True
+    v_init: bool = False
+    neuron: bool = False
+    affine: bool = False  # the gradients of weight and bias, and what `batch` needs of them
+    gains: bool = False
+
+
+class LIFGradients(NamedTuple):
+    """What the backward pass writes; None for what is not wanted."""
+
+    x: Tensor | None = None
+    v_init: Tensor | None = None
+    neuron: Tensor | None = None  # [3, C]
+    # [2, C]: Σ dz·x̂ and Σ dz, for dz what arrives at (x - mean)·a + b and x̂ = (x - mean)·inverse.
+    affine: Tensor | None = None
+    gains: Tensor | None = None
 
 
 class LossOptions(NamedTuple):
@@ -134,8 +197,13 @@ def make_lif_options(
     backend: str,
     ndim: int,
     dtype: torch.dtype,
+    packing: bool = False,
 ) -> LIFOptions:
-    """Checks the options of `lif` for an x of `ndim` dimensions on a resolved backend."""
+    """Checks the options of `lif` for an x of `ndim` dimensions on a resolved backend.
+
+    `packing` asks for the spikes as bits too. Tensors among decay, threshold and v_reset are
+    replaced by the caller, who checks them.
+    """
     (
         decay,
         threshold,
@@ -153,16 +221,6 @@ def make_lif_options(
         statistics,
         memory,
     ) = settings
-    later = {
-        "steps": steps is not None,
-        "channel_dim": channel_dim is not None,
-        "statistics": statistics is not False,
-    }
-    for name, asked in later.items():
-        if asked:
-            raise NotImplementedError(f"{name}: not part of this version; leave it at its default")
-    if memory == "bits":
-        raise NotImplementedError("memory: 'bits' is not part of this version; use 'recompute'")
     checks.choice("memory", memory, MEMORIES)
     decay = checks.neuron_parameter("decay", decay, dtype)
     charge = checks.choice("charge", charge, CHARGES)
@@ -182,13 +240,21 @@ def make_lif_options(
             f"surrogate: got {surrogate!r}, needs an instance such as Triangle(1.0), or a callable "
             "that gives σ'(u)"
         )
+    steps = 0 if steps is None else checks.steps(steps)
+    time_dim = checks.dimension("time_dim", time_dim, ndim + (steps > 0))
+    reset = checks.choice("reset", reset, RESETS)
+    detach_reset = checks.boolean("detach_reset", detach_reset)
+    if memory == "bits":
+        _check_bits(name, reset, detach_reset, phi, backend)
     return LIFOptions(
-        time_dim=checks.dimension("time_dim", time_dim, ndim),
+        time_dim=time_dim,
+        steps=steps,
+        channel_dim=_channel_dim(channel_dim, time_dim, steps, ndim),
         decay=decay,
         threshold=checks.neuron_parameter("threshold", threshold, dtype),
         v_reset=checks.neuron_parameter("v_reset", v_reset, dtype),
-        reset=checks.choice("reset", reset, RESETS),
-        detach_reset=checks.boolean("detach_reset", detach_reset),
+        reset=reset,
+        detach_reset=detach_reset,
         surrogate=name,
         surrogate_parameter=parameter,
         fire_at_threshold=checks.boolean("fire_at_threshold", fire_at_threshold),
@@ -196,7 +262,38 @@ def make_lif_options(
         phi=phi,
         delta=delta,
         eps=eps,
+        scale=1.0,
+        batch=False,
         return_state=checks.boolean("return_state", return_state),
         return_potential=checks.boolean("return_potential", return_potential),
+        statistics=checks.boolean("statistics", statistics),
+        bits=2 if memory == "bits" else int(packing and backend != "reference"),
         backend=backend,
     )
+
+
+def _channel_dim(channel_dim: Any, time_dim: int, steps: int, ndim: int) -> int:
+    """The channel dimension of x, given as one of x, as one of x without time."""
+    if channel_dim is None:
+        return -1
+    dim = checks.dimension("channel_dim", channel_dim, ndim)
+    if steps:
+        return dim
+    if dim == time_dim:
+        raise ValueError(f"channel_dim: got {channel_dim}, which is the time dimension")
+    return dim - (dim > time_dim)
+
+
+def _check_bits(surrogate: str, reset: str, detach_reset: bool, phi: str, backend: str) -> None:
+    """Two bits a step are enough only where the backward pass needs no potential."""
+    reasons = []
+    if surrogate != "rectangle":
+        reasons.append(f"surrogate: Rectangle, not {surrogate!r}")
+    if reset == "hard" and not detach_reset:
+        reasons.append("detach_reset=True under the hard reset")
+    if phi not in ("", "spike"):
+        reasons.append(f"penalty: none, or phi 'spike', not {phi!r}")
+    if backend == "reference":
+        reasons.append("a backend with kernels: 'reference' keeps what autograd keeps")
+    if reasons:
+        raise ValueError(f"memory: 'bits' needs {'; '.join(reasons)}")

@@ -100,6 +100,7 @@ void lif_forward(const LIFSettings& settings, const LIFForward& a, int threads) 
 void lif_backward(const LIFSettings& settings, const LIFBackward& a, int threads) {
   kernels().lif_backward(settings, a, threads);
 }
+void batch_statistics(const Statistics& a, int threads) { kernels().batch_statistics(a, threads); }
 double penalty_value(const PenaltySettings& settings, const std::vector<PenaltyTensor>& tensors,
                      int threads) {
   return kernels().penalty_value(settings, tensors, threads);
@@ -114,6 +115,12 @@ double loss_value(const LossSettings& settings, const LossTensors& tensors, int 
 void loss_gradient(const LossSettings& settings, const LossTensors& tensors, double upstream,
                    void* grad, int threads) {
   kernels().loss_gradient(settings, tensors, upstream, grad, threads);
+}
+bool spike_pack(DType dtype, std::int64_t count, const void* x, std::uint8_t* bits, int threads) {
+  return kernels().spike_pack(dtype, count, x, bits, threads);
+}
+void spike_unpack(DType dtype, const SpikeBits& bits, void* to, int threads) {
+  kernels().spike_unpack(dtype, bits, to, threads);
 }
 
 }  // namespace cpu

@@ -5,7 +5,8 @@ namespace trt {
 inline namespace TRT_ISA {
 
 Kernels kernels() {
-  return {lif_forward, lif_backward, penalty_value, penalty_gradient, loss_value, loss_gradient};
+  return {lif_forward, lif_backward,  batch_statistics, penalty_value, penalty_gradient,
+          loss_value,  loss_gradient, spike_pack,       spike_unpack};
 }
 
 }  // namespace TRT_ISA

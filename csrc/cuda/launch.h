@@ -22,9 +22,10 @@
 namespace trt {
 namespace cuda {
 constexpr int kWarp = 32;
-constexpr int kThreads = 128;       // of a block: small enough that many blocks share an SM
-constexpr int kRowThreads = 256;    // of a block that takes a long row
-constexpr int kMostThreads = 1024;  // of a block that works alone
+constexpr int kThreads = 128;          // of a block: small enough that many blocks share an SM
+constexpr int kRowThreads = 256;       // of a block that takes a long row
+constexpr int kMostThreads = 1024;     // of a block that works alone
+constexpr int kMostWalkBlocks = 4096;  // of sums by channel: more only make more partial sums
 }  // namespace cuda
 }  // namespace trt
 #endif

@@ -9,14 +9,15 @@ inline namespace TRT_ISA {
 
 template <class F>
 struct Neuron {
-  F decay;
-  F tau;  // 1 / decay, what the charge "divide" divides by
+  F decay;  // of "leak" 1 / tau
+  F tau;    // 1 / decay, what the charge "divide" divides by
   F threshold;
   F v_reset;
   F fires_above;  // the threshold, or the number before it to fire at h >= threshold
 };
 
-// h = charge(v, x), and dv/dh_previous for the backward pass, where no spike depends on rounding.
+// h = charge(v, x), and what the backward pass needs, where no spike depends on rounding: dh/dv,
+// dh/dx, dh/dfactor (the decay, or tau) and dh/dv_reset.
 struct Decay {
   static constexpr const char* name = "decay";
   template <class F>
@@ -26,6 +27,18 @@ struct Decay {
   template <class F>
   TRT_HD static F slope(const Neuron<F>& neuron) {
     return neuron.decay;
+  }
+  template <class F>
+  TRT_HD static F input_slope(const Neuron<F>&) {
+    return F(1);
+  }
+  template <class F>
+  TRT_HD static F factor_slope(F v, F, const Neuron<F>&) {
+    return v;
+  }
+  template <class F>
+  TRT_HD static F reset_slope(const Neuron<F>&) {
+    return F(0);
   }
 };
 
@@ -39,9 +52,45 @@ struct Divide {
   TRT_HD static F slope(const Neuron<F>& neuron) {
     return F(1) / neuron.tau;
   }
+  template <class F>
+  TRT_HD static F input_slope(const Neuron<F>&) {
+    return F(1);
+  }
+  template <class F>
+  TRT_HD static F factor_slope(F v, F, const Neuron<F>& neuron) {
+    return -v / (neuron.tau * neuron.tau);
+  }
+  template <class F>
+  TRT_HD static F reset_slope(const Neuron<F>&) {
+    return F(0);
+  }
 };
 
-using Charges = KindList<Decay, Divide>;
+struct Leak {
+  static constexpr const char* name = "leak";
+  template <class F>
+  TRT_HD static F charge(F v, F x, const Neuron<F>& neuron) {
+    return v + (x - (v - neuron.v_reset)) * neuron.decay;
+  }
+  template <class F>
+  TRT_HD static F slope(const Neuron<F>& neuron) {
+    return F(1) - neuron.decay;
+  }
+  template <class F>
+  TRT_HD static F input_slope(const Neuron<F>& neuron) {
+    return neuron.decay;
+  }
+  template <class F>
+  TRT_HD static F factor_slope(F v, F x, const Neuron<F>& neuron) {
+    return x - (v - neuron.v_reset);
+  }
+  template <class F>
+  TRT_HD static F reset_slope(const Neuron<F>& neuron) {
+    return neuron.decay;
+  }
+};
+
+using Charges = KindList<Decay, Divide, Leak>;
 
 template <class F>
 TRT_HD bool fires(F h, const Neuron<F>& neuron) {
@@ -49,7 +98,8 @@ TRT_HD bool fires(F h, const Neuron<F>& neuron) {
 }
 
 // v = after(h, s). Backward, `spike_gradient` is ds with what dv adds to it through the spike, and
-// `through_potential` what dv adds to dh directly.
+// `through_potential` what dv adds to dh directly. A reset that uses v_reset or the threshold
+// passes s dv, or -s dv, to it.
 struct HardReset {
   static constexpr const char* name = "hard";
   template <class F>
@@ -64,6 +114,7 @@ struct HardReset {
   TRT_HD static F through_potential(bool s, F dv) {
     return s ? F(0) : dv;
   }
+  static constexpr bool uses_v_reset = true, uses_threshold = false;
 };
 
 struct SoftReset {
@@ -80,6 +131,7 @@ struct SoftReset {
   TRT_HD static F through_potential(bool, F dv) {
     return dv;
   }
+  static constexpr bool uses_v_reset = false, uses_threshold = true;
 };
 
 struct NoReset {
@@ -96,6 +148,7 @@ struct NoReset {
   TRT_HD static F through_potential(bool, F dv) {
     return dv;
   }
+  static constexpr bool uses_v_reset = false, uses_threshold = false;
 };
 
 // The same reset with no gradient through its spike.

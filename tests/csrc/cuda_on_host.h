@@ -41,6 +41,7 @@ constexpr int kWarp = 8;
 constexpr int kThreads = 16;
 constexpr int kRowThreads = 32;
 constexpr int kMostThreads = 32;
+constexpr int kMostWalkBlocks = 24;
 }  // namespace cuda
 }  // namespace trt
 

@@ -4,13 +4,23 @@ Sequences reach the kernels dense, whatever the order of their dimensions in mem
 [outer][steps][inner]. A tensor that is not dense is copied first.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import state_dtype
-from ..options import LIFOptions, LossOptions
+from ..options import (
+    LIFGradients,
+    LIFGrads,
+    LIFOptions,
+    LIFResults,
+    LIFTensors,
+    LIFWanted,
+    LossOptions,
+)
 
 MaybeTensor = Tensor | None
 
@@ -19,25 +29,59 @@ MaybeTensor = Tensor | None
 CHECKPOINT_EVERY = 16
 
 
-def empty_state(x: Tensor, time_dim: int) -> Tensor:
+def steps_of(x: Tensor, options: LIFOptions) -> int:
+    return options.steps or x.shape[options.time_dim]
+
+
+def empty_state(x: Tensor, options: LIFOptions) -> Tensor:
     """An empty state for x: its shape without time, its order in memory, the state dtype."""
+    dtype, time_dim = state_dtype(x.dtype), options.time_dim
+    if options.steps:
+        return torch.empty_like(x, dtype=dtype)
     if x.shape[time_dim] == 0:
-        shape = x.shape[:time_dim] + x.shape[time_dim + 1 :]
-        return x.new_empty(shape, dtype=state_dtype(x.dtype))
-    return torch.empty_like(x.select(time_dim, 0), dtype=state_dtype(x.dtype))
+        return x.new_empty(x.shape[:time_dim] + x.shape[time_dim + 1 :], dtype=dtype)
+    return torch.empty_like(x.select(time_dim, 0), dtype=dtype)
+
+
+def empty_sequence(x: Tensor, options: LIFOptions, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty sequence for a dense x: like x, or like a constant x with time put in."""
+    if not options.steps:
+        return torch.empty_like(x, dtype=dtype)
+    steps, time_dim = options.steps, options.time_dim
+    inner = math.prod(x.shape[time_dim:])
+    shape = (*x.shape[:time_dim], steps, *x.shape[time_dim:])
+    before = (stride * steps for stride in x.stride()[:time_dim])
+    strides = (*before, inner, *x.stride()[time_dim:])
+    return torch.empty_strided(shape, strides, dtype=dtype or x.dtype, device=x.device)
+
+
+def has_checkpoints(x: Tensor, options: LIFOptions) -> bool:
+    """Whether a backward pass of x starts from checkpoints."""
+    if options.backend == "cpu" or options.bits == 2:
+        return False
+    return steps_of(x, options) > CHECKPOINT_EVERY
 
 
 def empty_checkpoints(x: Tensor, options: LIFOptions) -> Tensor | None:
     """Empty memory for the potentials before steps 16, 32, ...: segments - 1 states of x.
 
-    None where the backward pass needs none: on the CPU, and for a sequence of one segment.
+    None where the backward pass needs none: on the CPU, for a sequence of one segment, and where it
+    has bits.
     """
-    steps = x.shape[options.time_dim]
-    if options.backend == "cpu" or steps <= CHECKPOINT_EVERY:
+    if not has_checkpoints(x, options):
         return None
-    state = empty_state(x, options.time_dim)
-    count = -(-steps // CHECKPOINT_EVERY) - 1
+    state = empty_state(x, options)
+    count = -(-steps_of(x, options) // CHECKPOINT_EVERY) - 1
     return state.new_empty_strided((count, *state.shape), (state.numel(), *state.stride()))
+
+
+def empty_bits(x: Tensor, options: LIFOptions) -> Tensor | None:
+    """Empty memory for the planes of bits, where the options ask for any."""
+    if not options.bits:
+        return None
+    steps = steps_of(x, options)
+    neurons = x.numel() if options.steps else x.numel() // max(1, steps)
+    return x.new_empty((options.bits, steps, -(-neurons // 8)), dtype=torch.uint8)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -56,6 +100,18 @@ def dense(x: Tensor) -> Tensor:
     return x if is_dense(x) else torch.empty_like(x).copy_(x)
 
 
+def dense_input(x: Tensor, options: LIFOptions) -> Tensor:
+    """x dense; where it is constant, with what comes after time innermost in memory."""
+    if x.is_contiguous():
+        return x
+    x = dense(x)
+    if options.steps:
+        within = tuple(zip(x.shape, x.stride(), strict=True))[options.time_dim :]
+        if sum((size - 1) * stride for size, stride in within) >= math.prod(s for s, _ in within):
+            return x.contiguous()
+    return x
+
+
 def in_layout_of(x: Tensor, value: Tensor | None) -> Tensor | None:
     """`value` in the memory order of x (they have one shape): gradients arrive in any layout."""
     if value is None or value.stride() == x.stride():
@@ -67,69 +123,117 @@ def fold(x: Tensor, time_dim: int) -> tuple[int, int, int]:
     """The sizes (outer, steps, inner) of a dense x."""
     steps = x.shape[time_dim]
     if x.is_contiguous():
-        inner = 1
-        for size in x.shape[time_dim + 1 :]:
-            inner *= size
+        return math.prod(x.shape[:time_dim]), steps, math.prod(x.shape[time_dim + 1 :])
+    # In any dense order, what lies within a timestep is as large as the step's stride.
+    inner = x.stride(time_dim) if steps > 1 else x.numel()
+    return x.numel() // (steps * inner), steps, inner
+
+
+class LIFShape(NamedTuple):
+    """Sizes of a sequence in memory, and the channel of neuron n of a state [outer][inner], which
+    is n // channel_stride % channels."""
+
+    outer: int
+    steps: int
+    inner: int
+    channels: int
+    channel_stride: int
+
+
+def lif_shape(x: Tensor, tensors: LIFTensors, options: LIFOptions) -> LIFShape:
+    """The sizes of what kernels run over, for a dense x (any sequence where it has time)."""
+    if options.steps:
+        inner = math.prod(x.shape[options.time_dim :])
+        sizes = (x.numel() // max(1, inner), options.steps, inner)
     else:
-        # In any dense order, what lies within a timestep is as large as the step's stride.
-        inner = x.stride(time_dim) if steps > 1 else x.numel()
-    return x.numel() // max(1, steps * inner), steps, inner
+        sizes = fold(x, options.time_dim)
+    given = tensors.neuron if tensors.stats is None else tensors.stats
+    channels = 1 if given is None else given.shape[1]
+    if channels == 1:
+        return LIFShape(*sizes, 1, max(1, sizes[0] * sizes[2]))
+    stride = empty_state(x, options).stride(options.channel_dim)
+    return LIFShape(*sizes, channels, stride)
 
 
 def lif_forward_tensors(
-    x: Tensor, v_init: Tensor | None, options: LIFOptions, penalized: bool, for_backward: bool
-) -> tuple[Tensor, MaybeTensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-    """What the forward pass reads, x and v_init, and what it writes: spikes, and where they are
-    wanted state, potential, penalty and checkpoints."""
-    time_dim = options.time_dim
+    x: Tensor, tensors: LIFTensors, options: LIFOptions, for_backward: bool
+) -> tuple[Tensor, LIFTensors, LIFResults]:
+    """What the forward pass reads, and what it writes, still empty."""
     if not x.is_contiguous():
-        x = dense(x)
-    state = potential = penalty = checkpoints = None
-    if options.return_state:
-        state = empty_state(x, time_dim)
-    if options.return_potential:
-        potential = torch.empty_like(x, dtype=state_dtype(x.dtype))
-    if penalized:
-        penalty = x.new_empty((), dtype=state_dtype(x.dtype))
-    if for_backward:
-        checkpoints = empty_checkpoints(x, options)
-    if v_init is not None:
-        v_init = in_layout_of(empty_state(x, time_dim), v_init)
-    return x, v_init, torch.empty_like(x), state, potential, penalty, checkpoints
+        x = dense_input(x, options)
+    dtype = state_dtype(x.dtype)
+    steps = steps_of(x, options)
+    if tensors.v_init is not None:
+        tensors = tensors._replace(v_init=in_layout_of(empty_state(x, options), tensors.v_init))
+    return (
+        x,
+        tensors,
+        LIFResults(
+            empty_sequence(x, options),
+            empty_state(x, options) if options.return_state else None,
+            empty_sequence(x, options, dtype) if options.return_potential else None,
+            None if tensors.penalty_weight is None else x.new_empty((), dtype=dtype),
+            x.new_empty(steps, dtype=dtype) if options.statistics else None,
+            empty_checkpoints(x, options) if for_backward else None,
+            empty_bits(x, options),
+        ),
+    )
 
 
 def lif_backward_tensors(
     x: Tensor,
-    v_init: Tensor | None,
+    tensors: LIFTensors,
     checkpoints: Tensor | None,
-    grads: Sequence[Tensor | None],
-    needs_v_init: bool,
+    grads: LIFGrads,
+    wanted: LIFWanted,
     options: LIFOptions,
-) -> tuple[
-    tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor],
-    tuple[Tensor, MaybeTensor],
-]:
-    """What the backward pass reads, x, v_init, checkpoints and the gradients of spikes, state and
-    potential, and what it writes: the gradients of x and, where needed, of v_init."""
-    grad_spikes, grad_state, grad_potential = grads
+) -> tuple[Tensor, LIFTensors, MaybeTensor, LIFGrads, LIFGradients]:
+    """What the backward pass reads, and what it writes, still empty.
+
+    `x` is the input, or where only bits were kept, anything of its shape and order in memory.
+    """
     if not x.is_contiguous():
-        x = dense(x)
+        x = dense_input(x, options)
+    dtype = state_dtype(x.dtype)
     if checkpoints is not None:
         # Whoever kept x, a hook of the user's among them, may bring it back in another order.
         expected = empty_checkpoints(x, options)
         if expected is not None and checkpoints.stride() != expected.stride():
             checkpoints = expected.copy_(checkpoints)
+    grad_spikes, grad_state, grad_potential, grad_penalty = grads
     grad_v_init = None
-    if v_init is not None or grad_state is not None:
-        state = empty_state(x, options.time_dim)
-        grad_v_init = state if needs_v_init else None
-        v_init, grad_state = in_layout_of(state, v_init), in_layout_of(state, grad_state)
-    if grad_spikes is not None and grad_spikes.stride() != x.stride():
-        grad_spikes = in_layout_of(x, grad_spikes)
+    if tensors.v_init is not None or grad_state is not None:
+        state = empty_state(x, options)
+        grad_v_init = state if wanted.v_init else None
+        tensors = tensors._replace(v_init=in_layout_of(state, tensors.v_init))
+        grad_state = in_layout_of(state, grad_state)
+    sequence = x
+    if options.steps and (grad_spikes is not None or grad_potential is not None):
+        sequence = empty_sequence(x, options)
+    if grad_spikes is not None and grad_spikes.stride() != sequence.stride():
+        grad_spikes = in_layout_of(sequence, grad_spikes)
     if grad_potential is not None:
-        grad_potential = in_layout_of(x, grad_potential)
-    reads = (x, v_init, checkpoints, grad_spikes, grad_state, grad_potential)
-    return reads, (torch.empty_like(x), grad_v_init)
+        grad_potential = in_layout_of(sequence, grad_potential)
+    given = tensors.neuron if tensors.stats is None else tensors.stats
+    channels = 1 if given is None else given.shape[1]
+    gradients = LIFGradients(
+        torch.empty_like(x) if wanted.x else None,
+        grad_v_init,
+        x.new_empty((3, channels), dtype=dtype) if wanted.neuron else None,
+        x.new_empty((2, channels), dtype=dtype) if wanted.affine else None,
+        x.new_empty((steps_of(x, options), channels), dtype=dtype) if wanted.gains else None,
+    )
+    grads = LIFGrads(grad_spikes, grad_state, grad_potential, grad_penalty)
+    return x, tensors, checkpoints, grads, gradients
+
+
+def channel_view(x: Tensor, channel_dim: int) -> tuple[int, int, int]:
+    """A dense x as [before][channels][within] in memory."""
+    channels = x.shape[channel_dim]
+    within = x.stride(channel_dim) if channels > 1 else max(1, x.numel())
+    if channels == 1 or x.numel() == 0:
+        return 1, channels, x.numel() // max(1, channels)
+    return x.numel() // (channels * within), channels, within
 
 
 def sum_dtype(params: Sequence[Tensor]) -> torch.dtype:

@@ -13,16 +13,27 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, state_dtype
-from ..options import LARGEST_EXPONENT, LIFOptions, LossOptions, PenaltyOptions
+from ..options import (
+    LARGEST_EXPONENT,
+    LIFGradients,
+    LIFGrads,
+    LIFOptions,
+    LIFResults,
+    LIFTensors,
+    LIFWanted,
+    LossOptions,
+    PenaltyOptions,
+)
 from .layout import (
     CHECKPOINT_EVERY,
     accumulation,
+    channel_view,
     dense,
     empty_checkpoints,
-    fold,
     for_loss_gradient,
     lif_backward_tensors,
     lif_forward_tensors,
+    lif_shape,
     loss_rows,
     loss_tensors,
     sum_dtype,
@@ -62,13 +73,6 @@ def why_no_cuda(device: torch.device | None = None) -> str | None:
     return reason or None
 
 
-def sequence(x: Tensor, time_dim: int) -> tuple[Any, tuple[int, ...], int]:
-    """What kernels need of a dense x: dtype, sizes in memory order, which of them is time."""
-    if x.is_contiguous():
-        return DTYPES[x.dtype], x.shape, time_dim
-    return DTYPES[x.dtype], fold(x, time_dim), 1
-
-
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -90,6 +94,9 @@ def lif_handle(options: LIFOptions) -> Any:
         surrogate_parameter=options.surrogate_parameter,
         delta=options.delta,
         eps=options.eps,
+        scale=options.scale,
+        batch=options.batch,
+        bits=options.bits,
     )
 
 
@@ -104,43 +111,87 @@ def workspace(size: int, x: Tensor) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
 
 
-def lif_forward(
-    x: Tensor,
-    v_init: Tensor | None,
-    weight: Tensor | None,
-    for_backward: bool,
-    options: LIFOptions,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Spikes, state, potential, regularizer and checkpoints; what is not asked for is None."""
-    x, v_init, spikes, state, potential, penalty, checkpoints = lif_forward_tensors(
-        x, v_init, options, weight is not None, for_backward
+def lif_arguments(
+    kind: Any, like: Tensor, tensors: LIFTensors, options: LIFOptions, **more: Tensor | None
+) -> Any:
+    """What the compiled kernels take, for an input like `like`: `kind`, with addresses by name."""
+    gains = tensors.gains
+    arguments = kind(
+        DTYPES[like.dtype],
+        *lif_shape(like, tensors, options),
+        constant=options.steps > 0,
+        gains_by_channel=gains is not None and gains.ndim == 2,
+        checkpoint_every=CHECKPOINT_EVERY,
     )
-    arguments = (  # addresses written out: a function for them costs a small call a microsecond
-        *sequence(x, options.time_dim),
-        x.data_ptr(),
-        0 if v_init is None else v_init.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        spikes.data_ptr(),
-        0 if potential is None else potential.data_ptr(),
-        0 if state is None else state.data_ptr(),
-        0 if penalty is None else penalty.data_ptr(),
+    for name, tensor in (*zip(LIFTensors._fields, tensors, strict=True), *more.items()):
+        if tensor is not None:
+            setattr(arguments, name, tensor.data_ptr())
+    return arguments
+
+
+def lif_forward(
+    x: Tensor, tensors: LIFTensors, for_backward: bool, options: LIFOptions
+) -> LIFResults:
+    x, tensors, results = lif_forward_tensors(x, tensors, options, for_backward)
+    arguments = lif_arguments(_C.LIFForward, x, tensors, options, x=x, **results._asdict())
+    handle = lif_handle(options)
+    if options.backend == "cpu":
+        handle.cpu_forward(arguments, torch.get_num_threads())
+    else:
+        space = workspace(handle.cuda_forward_workspace(arguments), x)
+        handle.cuda_forward(
+            arguments, address(space), x.get_device(), current_stream(x.get_device())
+        )
+    return results
+
+
+def lif_backward(
+    x: Tensor,
+    tensors: LIFTensors,
+    checkpoints: Tensor | None,
+    bits: Tensor | None,
+    means: Tensor | None,
+    grads: LIFGrads,
+    wanted: LIFWanted,
+    options: LIFOptions,
+) -> LIFGradients:
+    x, tensors, checkpoints, grads, gradients = lif_backward_tensors(
+        x, tensors, checkpoints, grads, wanted, options
+    )
+    arguments = lif_arguments(
+        _C.LIFBackward,
+        x,
+        tensors,
+        options,
+        x=x if bits is None else None,
+        bits=bits,
+        means=means,
+        checkpoints=checkpoints,
+        **{f"grad_{name}": grad for name, grad in grads._asdict().items()},
+        **{f"grad_{name}": grad for name, grad in gradients._asdict().items()},
     )
     handle = lif_handle(options)
     if options.backend == "cpu":
-        handle.cpu_forward(*arguments, torch.get_num_threads())
+        handle.cpu_backward(arguments, torch.get_num_threads())
     else:
-        space = None
-        if penalty is not None:
-            space = workspace(handle.cuda_forward_workspace(*arguments[:3]), x)
-        handle.cuda_forward(
-            *arguments,
-            0 if checkpoints is None else checkpoints.data_ptr(),
-            CHECKPOINT_EVERY,
-            address(space),
-            x.get_device(),
-            current_stream(x.get_device()),
+        space = workspace(handle.cuda_backward_workspace(arguments), x)
+        handle.cuda_backward(
+            arguments, address(space), x.get_device(), current_stream(x.get_device())
         )
-    return spikes, state, potential, penalty, checkpoints
+    return gradients
+
+
+def batch_statistics(x: Tensor, channel_dim: int, eps: float, repeat: int, backend: str) -> Tensor:
+    x = dense(x)
+    stats = x.new_empty((4, x.shape[channel_dim]), dtype=state_dtype(x.dtype))
+    view = channel_view(x, channel_dim)
+    arguments = _C.Statistics(DTYPES[x.dtype], *view, eps, repeat, x.data_ptr(), stats.data_ptr())
+    if backend == "cpu":
+        arguments.cpu(torch.get_num_threads())
+    else:
+        space = workspace(arguments.cuda_workspace(), x)
+        arguments.cuda(address(space), x.get_device(), current_stream(x.get_device()))
+    return stats
 
 
 class PlainLIF:
@@ -156,96 +207,37 @@ class PlainLIF:
         self._cuda = options.backend == "cuda"
         self._dtype, self._time_dim = DTYPES[dtype], options.time_dim
         if self._cuda:
-            self._run_forward, self._run_backward = handle.cuda_forward, handle.cuda_backward
+            self._run_forward = handle.cuda_forward_plain
+            self._run_backward = handle.cuda_backward_plain
         else:
-            self._run_forward, self._run_backward = handle.cpu_forward, handle.cpu_backward
+            self._run_forward = handle.cpu_forward_plain
+            self._run_backward = handle.cpu_backward_plain
 
     def forward(self, x: Tensor, for_backward: bool) -> tuple[Tensor, Tensor | None]:
         """Spikes, and the checkpoints where the backward pass needs them."""
         spikes = torch.empty_like(x)
-        tensors = (x.data_ptr(), 0, 0, spikes.data_ptr(), 0, 0, 0)
+        arguments = (self._dtype, x.shape, self._time_dim, x.data_ptr(), spikes.data_ptr())
         if not self._cuda:
-            threads = torch.get_num_threads()
-            self._run_forward(self._dtype, x.shape, self._time_dim, *tensors, threads)
+            self._run_forward(*arguments, torch.get_num_threads())
             return spikes, None
         checkpoints = empty_checkpoints(x, self.options) if for_backward else None
-        self._run_forward(
-            self._dtype,
-            x.shape,
-            self._time_dim,
-            *tensors,
-            0 if checkpoints is None else checkpoints.data_ptr(),
-            CHECKPOINT_EVERY,
-            0,
-            x.get_device(),
-            current_stream(x.get_device()),
-        )
+        self._run_forward(*arguments, *self._on_device(x, checkpoints))
         return spikes, checkpoints
 
     def backward(self, x: Tensor, checkpoints: Tensor | None, grad: Tensor) -> Tensor:
         grad_x = torch.empty_like(x)
-        tensors = (x.data_ptr(), 0, 0, grad.data_ptr(), 0, 0, 0, grad_x.data_ptr(), 0)
-        if not self._cuda:
-            threads = torch.get_num_threads()
-            self._run_backward(self._dtype, x.shape, self._time_dim, *tensors, threads)
-            return grad_x
-        self._run_backward(
-            self._dtype,
-            x.shape,
-            self._time_dim,
-            *tensors,
-            0 if checkpoints is None else checkpoints.data_ptr(),
-            CHECKPOINT_EVERY,
-            0,
-            x.get_device(),
-            current_stream(x.get_device()),
-        )
+        tensors = (x.data_ptr(), grad.data_ptr(), grad_x.data_ptr())
+        arguments = (self._dtype, x.shape, self._time_dim, *tensors)
+        if self._cuda:
+            self._run_backward(*arguments, *self._on_device(x, checkpoints))
+        else:
+            self._run_backward(*arguments, torch.get_num_threads())
         return grad_x
 
-
-def lif_backward(
-    x: Tensor,
-    v_init: Tensor | None,
-    weight: Tensor | None,
-    checkpoints: Tensor | None,
-    grads: Sequence[Tensor | None],
-    needs_v_init: bool,
-    options: LIFOptions,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and v_init from those of spikes, state, potential, penalty; None is zero."""
-    grad_penalty = grads[3]
-    reads, (grad_x, grad_v_init) = lif_backward_tensors(
-        x, v_init, checkpoints, grads[:3], needs_v_init, options
-    )
-    x, v_init, checkpoints, grad_spikes, grad_state, grad_potential = reads
-    arguments = (
-        *sequence(x, options.time_dim),
-        x.data_ptr(),
-        0 if v_init is None else v_init.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if grad_spikes is None else grad_spikes.data_ptr(),
-        0 if grad_potential is None else grad_potential.data_ptr(),
-        0 if grad_state is None else grad_state.data_ptr(),
-        0 if grad_penalty is None else grad_penalty.data_ptr(),
-        grad_x.data_ptr(),
-        0 if grad_v_init is None else grad_v_init.data_ptr(),
-    )
-    handle = lif_handle(options)
-    if options.backend == "cpu":
-        handle.cpu_backward(*arguments, torch.get_num_threads())
-    else:
-        space = None
-        if grad_penalty is not None:
-            space = workspace(handle.cuda_backward_workspace(*arguments[:3]), x)
-        handle.cuda_backward(
-            *arguments,
-            0 if checkpoints is None else checkpoints.data_ptr(),
-            CHECKPOINT_EVERY,
-            address(space),
-            x.get_device(),
-            current_stream(x.get_device()),
-        )
-    return grad_x, grad_v_init
+    @staticmethod
+    def _on_device(x: Tensor, checkpoints: Tensor | None) -> tuple[int, int, int, int]:
+        kept = 0 if checkpoints is None else checkpoints.data_ptr()
+        return kept, CHECKPOINT_EVERY, x.get_device(), current_stream(x.get_device())
 
 
 @lru_cache(maxsize=64)
@@ -396,3 +388,32 @@ def temporal_loss_backward(
         current_stream(device),
     )
     return result
+
+
+def spike_pack(x: Tensor, backend: str) -> tuple[Tensor, bool | Tensor]:
+    """Of a dense x in the order of memory: its bits [1, ceil(n / 8)], and whether each element is
+    exactly 0 or 1, on a GPU as a tensor [1]. Where it is not, the bits are of no use."""
+    n = x.numel()
+    bits = torch.empty((1, -(-n // 8)), dtype=torch.uint8, device=x.device)
+    arguments = (DTYPES[x.dtype], n, x.data_ptr(), bits.data_ptr())
+    if backend == "cpu":
+        return bits, bool(_C.cpu_spike_pack(*arguments, torch.get_num_threads()))
+    binary = torch.empty(1, dtype=torch.bool, device=x.device)
+    device = x.get_device()
+    _C.cuda_spike_pack(*arguments, binary.data_ptr(), device, current_stream(device))
+    return bits, binary
+
+
+def spike_unpack(
+    bits: Tensor, outer: int, steps: int, inner: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """The elements of bits [steps, ceil(outer · inner / 8)] as they lie in memory,
+    [outer · steps · inner]."""
+    to = torch.empty(outer * steps * inner, dtype=dtype, device=bits.device)
+    arguments = (DTYPES[dtype], bits.data_ptr(), outer, steps, inner, to.data_ptr())
+    if backend == "cpu":
+        _C.cpu_spike_unpack(*arguments, torch.get_num_threads())
+    else:
+        device = bits.get_device()
+        _C.cuda_spike_unpack(*arguments, device, current_stream(device))
+    return to

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...checks import single_backward, state_dtype
-from ...options import LIFOptions
+from ...options import LIFOptions, LIFResults, LIFTensors
+from .. import layout
 
 
 class Fire(Function):
@@ -20,33 +21,41 @@ class Fire(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, threshold: float, at: bool, surrogate: Callable[[Tensor], Tensor]
+        ctx: Any,
+        h: Tensor,
+        threshold: Tensor | float,
+        at: bool,
+        surrogate: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(h)
+        ctx.save_for_backward(h, threshold if isinstance(threshold, Tensor) else None)
         ctx.threshold, ctx.surrogate = threshold, surrogate
         return (h >= threshold if at else h > threshold).to(h.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         single_backward("lif")
-        (h,) = ctx.saved_tensors
-        return grad * ctx.surrogate(h - ctx.threshold), None, None, None
+        h, threshold = ctx.saved_tensors
+        slope = grad * ctx.surrogate(h - (ctx.threshold if threshold is None else threshold))
+        down = None if threshold is None else -slope.sum_to_size(threshold.shape)
+        return slope, down, None, None
 
 
 class HardReset(Function):
     """v = v_reset where it spiked, else h: a select, with the gradient of h(1-s) + v_reset·s."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, s: Tensor, v_reset: float) -> Tensor:
-        ctx.save_for_backward(h, s)
+    def forward(ctx: Any, h: Tensor, s: Tensor, v_reset: Tensor | float) -> Tensor:
+        ctx.save_for_backward(h, s, v_reset if isinstance(v_reset, Tensor) else None)
         ctx.v_reset = v_reset
         return torch.where(s.bool(), v_reset, h)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         single_backward("lif")
-        h, s = ctx.saved_tensors
-        return torch.where(s.bool(), 0, grad), (ctx.v_reset - h) * grad, None
+        h, s, v_reset = ctx.saved_tensors
+        to_reset = None if v_reset is None else (s * grad).sum_to_size(v_reset.shape)
+        through = ((ctx.v_reset if v_reset is None else v_reset) - h) * grad
+        return torch.where(s.bool(), 0, grad), through, to_reset
 
 
 def phi(options: LIFOptions, t: int, h: Tensor, s: Tensor) -> Tensor:
@@ -65,43 +74,110 @@ def growth(delta: float, t: int) -> float:
     return math.expm1(min(delta * t, math.log(2.0**60)))
 
 
+def by_channel(values: Tensor, ndim: int, channel_dim: int) -> Tensor:
+    """[C] values as they stand beside a tensor of `ndim` dimensions."""
+    if values.numel() == 1:
+        return values.reshape(())
+    return values.reshape([-1 if dim == channel_dim else 1 for dim in range(ndim)])
+
+
+def charged(
+    v: Tensor, x: Tensor, factor: Tensor | float, v_reset: Tensor | float, charge: str
+) -> Tensor:
+    """h_t; `factor` is the decay, or tau for "divide"."""
+    if charge == "divide":
+        return v / factor + x
+    if charge == "leak":
+        return v + (x - (v - v_reset)) * factor
+    return factor * v + x
+
+
 def lif(
     x: Tensor,
-    v_init: Tensor | None,
-    weight: Tensor | None,
+    tensors: LIFTensors,
     options: LIFOptions,
     surrogate: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Spikes, last state, potential, and the regularizer's scalar (None without `weight`)."""
+) -> LIFResults:
+    """Spikes, last state, potential, rate, and the regularizer's scalar if it has a weight."""
     dtype = state_dtype(x.dtype)
-    shape = x.shape[: options.time_dim] + x.shape[options.time_dim + 1 :]
-    v = x.new_zeros(shape, dtype=dtype) if v_init is None else v_init
+    time_dim, weight = options.time_dim, tensors.penalty_weight
+    if options.steps:
+        in_order = layout.empty_sequence(layout.dense_input(x.detach(), options), options)
+        x = in_order.copy_(torch.stack([x] * options.steps, time_dim))
+    shape = x.shape[:time_dim] + x.shape[time_dim + 1 :]
+    v = x.new_zeros(shape, dtype=dtype) if tensors.v_init is None else tensors.v_init
     penalty = None if weight is None else x.new_zeros((), dtype=dtype)
     if x.numel() == 0:
-        return x * 0, v.clone(), x.to(dtype) * 0, penalty
-    # A tensor: some devices divide by a Python number as a product with its reciprocal.
-    tau = torch.full((), 1 / (options.decay or 1), dtype=dtype, device=x.device)
-    spikes, potentials = [], []
-    for t, x_t in enumerate(x.to(dtype).unbind(options.time_dim)):
-        h = v / tau + x_t if options.charge == "divide" else options.decay * v + x_t
-        s = Fire.apply(h, options.threshold, options.fire_at_threshold, surrogate)
+        rate = x.new_zeros(x.shape[time_dim], dtype=dtype)
+        return LIFResults(x * 0, v.clone(), x.to(dtype) * 0, penalty, rate)
+
+    def place(values: Tensor) -> Tensor:
+        return by_channel(values, len(shape), options.channel_dim)
+
+    factor: Tensor | float = options.decay
+    threshold: Tensor | float = options.threshold
+    v_reset: Tensor | float = options.v_reset
+    if tensors.neuron is not None:
+        factor, threshold, v_reset = map(place, tensors.neuron)
+    elif options.charge == "divide":
+        # A tensor: some devices divide by a Python number as a product with its reciprocal.
+        factor = torch.full((), 1 / (options.decay or 1), dtype=dtype, device=x.device)
+    spikes, potentials, rates = [], [], []
+    for t, x_t in enumerate(x.to(dtype).unbind(time_dim)):
+        y = normalised(x_t, t, tensors, options.scale, place)
+        h = charged(v, y, factor, v_reset, options.charge)
+        s = Fire.apply(h, threshold, options.fire_at_threshold, surrogate)
         through = s.detach() if options.detach_reset else s
         if options.reset == "hard":
-            v = HardReset.apply(h, through, options.v_reset)
+            v = HardReset.apply(h, through, v_reset)
         elif options.reset == "soft":
-            v = h - options.threshold * through
+            v = h - threshold * through
         else:
             v = h
         if weight is not None and penalty is not None:
             penalty = penalty + weight[t] * phi(options, t, h, s).sum() / h.numel()
         spikes.append(s)
         potentials.append(h)
-    return (
-        like(x, torch.stack(spikes, options.time_dim).to(x.dtype)),
+        rates.append(s.detach().mean(dtype=torch.float64).to(dtype))
+    return LIFResults(
+        like(x, torch.stack(spikes, time_dim).to(x.dtype)),
         v,
-        torch.stack(potentials, options.time_dim),
+        torch.stack(potentials, time_dim),
         penalty,
+        torch.stack(rates),
     )
+
+
+def normalised(
+    x: Tensor, t: int, tensors: LIFTensors, scale: float, place: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Step t of the batch normalised input: gains · ((x - mean)·a + b)."""
+    if tensors.stats is None:
+        return x
+    mean, rest, inverse = tensors.stats[:3]
+    a = inverse * scale
+    if tensors.norm_weight is not None:
+        a = a * tensors.norm_weight
+    b = -(rest * a) if tensors.norm_bias is None else tensors.norm_bias - rest * a
+    y = (x - place(mean)) * place(a) + place(b)
+    return y if tensors.gains is None else y * place(tensors.gains[t])
+
+
+def batch_statistics(
+    x: Tensor, channel_dim: int, eps: float, repeat: int, backend: str = "reference"
+) -> Tensor:
+    """[4, C]: mean, what rounding left of it, 1 / deviation, unbiased variance; differentiable."""
+    dtype = state_dtype(x.dtype)
+    others = [dim for dim in range(x.ndim) if dim != channel_dim]
+    values = x.double()
+    count = x.numel() // x.shape[channel_dim] * repeat
+    exact = values.mean(others)
+    centred = values - exact.reshape([-1 if d == channel_dim else 1 for d in range(x.ndim)])
+    variance = (centred * centred).mean(others)
+    mean = exact.to(dtype)
+    rest = (exact - mean.double()).to(dtype)
+    inverse = (1 / (variance + eps).sqrt()).to(dtype)
+    return torch.stack([mean, rest, inverse, (variance * count / max(1, count - 1)).to(dtype)])
 
 
 def like(x: Tensor, value: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ The order of operations is part of the contract: it decides which spikes fire.
 import triton
 import triton.language as tl
 
-from .surrogate import surrogate_derivative
-
 
 @triton.jit
-def charged(v, x, factor, CHARGE: tl.constexpr):
+def charged(v, x, factor, v_reset, CHARGE: tl.constexpr):
     """h; `factor` is the decay, or tau for "divide"."""
     if CHARGE == "decay":
         h = factor * v + x
+    elif CHARGE == "leak":
+        h = v + (x - (v - v_reset)) * factor
     else:
         tl.static_assert(CHARGE == "divide", "unknown charge")
         # Triton's / is approximate in float32, and its div_rn knows float32 alone.
@@ -42,27 +42,17 @@ def after_reset(h, s, threshold, v_reset, RESET: tl.constexpr):
 
 
 @triton.jit
-def potential_gradient(
-    h,
-    s,
-    ds,
-    dv,
-    threshold,
-    v_reset,
-    surrogate_parameter,
-    RESET: tl.constexpr,
-    DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr,
-):
-    """dL/dh from what arrives at the step's spike, ds, and at its potential after the reset, dv."""
+def spike_gradient(h, ds, dv, threshold, v_reset, RESET: tl.constexpr, DETACH: tl.constexpr):
+    """dL/ds from what arrives at the spike itself, ds, and at the potential after its reset, dv."""
     if not DETACH:
         if RESET == "hard":
             ds += (v_reset - h) * dv
         elif RESET == "soft":
             ds -= threshold * dv
-    dh = ds * surrogate_derivative(h - threshold, surrogate_parameter, SURROGATE)
-    if RESET == "hard":
-        dh += tl.where(s, 0.0, dv)
-    else:
-        dh += dv
-    return dh
+    return ds
+
+
+@triton.jit
+def potential_gradient(through, s, dv, RESET: tl.constexpr):
+    """dL/dh from what arrives through the spike, and at the potential after the reset, dv."""
+    return through + (tl.where(s, 0.0, dv) if RESET == "hard" else dv)
