@@ -42,6 +42,39 @@ def official_lif(
     return torch.stack(spikes)
 
 
+def learned_lif(x: Tensor, decay: Tensor, threshold: Tensor) -> Tensor:
+    """The same loop with a decay and a threshold of each channel, x [T, B, C, *]."""
+    shape = (-1, *[1] * (x.ndim - 3))
+    decay, threshold = decay.view(shape), threshold.view(shape)
+    v: Any = 0
+    spikes = []
+    for current in x.unbind():
+        v = v * decay + current
+        spike = TriangleSpike.apply(v - threshold)
+        v = (1 - spike) * v
+        spikes.append(spike)
+    return torch.stack(spikes)
+
+
+class NormLIF:
+    """torch's batch normalisation over time and batch together, then a neuron.
+
+    Its statistics are its own; weight and bias come with x, [T, B, C, *] or [B, C, *].
+    """
+
+    def __init__(
+        self, channels: int, device: torch.device, training: bool, neuron: Callable[..., Tensor]
+    ) -> None:
+        self.training, self.neuron = training, neuron
+        self.mean = torch.zeros(channels, device=device)
+        self.variance = torch.ones(channels, device=device)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
+        images = x.flatten(0, -4)
+        y = functional.batch_norm(images, self.mean, self.variance, weight, bias, self.training)
+        return self.neuron(y.unflatten(0, x.shape[:-3]), **options)
+
+
 def official_penalty(
     named: Sequence[tuple[str, Tensor]],
     *,

@@ -28,6 +28,7 @@ ONE_GPU_SHAPE = GPU_SHAPES[1]
 SMALL_GPU_SHAPES = ((4, 64), (4, 16384), (6, 131072))
 # As many neuron-steps for any number of steps: at T = 1000 still a million neurons.
 GPU_STEPS, GPU_NEURON_STEPS = (4, 10, 16, 32, 100, 250, 1000), 1000 * M
+CPU_STEPS, CPU_NEURON_STEPS = (10, 100, 1000), 10_240_000
 # Bytes of a GPU on which each of the tensors of so many neuron-steps has room.
 ENOUGH_MEMORY = 60 << 30
 # The byte ledger: x read and spikes written; x and a gradient read and a gradient written; both.
@@ -57,6 +58,11 @@ def sized(shapes: Sequence[Shape], *marks: Any, dtype: torch.dtype = torch.float
 LARGE_ON_GPU = [
     *sized(GPU_SHAPES, ON_GPU),
     *sized(GPU_SHAPES, ON_GPU, dtype=torch.bfloat16),
+]
+# One pass alone: at few steps and at many.
+TWO_ON_GPU = [
+    *sized(GPU_SHAPES[1::2], ON_GPU),
+    *sized(GPU_SHAPES[1::2], ON_GPU, dtype=torch.bfloat16),
 ]
 
 
@@ -210,7 +216,7 @@ def test_compiled(measured: Measured, device: torch.device) -> None:
     measured(make_case("lif, torch.compile of the loop", named(shape), best, others, x, TRAINING))
 
 
-@pytest.mark.parametrize("shape,dtype", [*sized(((6, M), (100, 16384)), ON_CPU), *LARGE_ON_GPU])
+@pytest.mark.parametrize("shape,dtype", [*sized(((6, M), (100, 16384)), ON_CPU), *TWO_ON_GPU])
 def test_inference(
     measured: Measured, device: torch.device, shape: Shape, dtype: torch.dtype
 ) -> None:
@@ -231,7 +237,7 @@ def test_inference(
     measured(make_case("lif, inference", named(shape, dtype), best, others, x, FORWARD))
 
 
-@pytest.mark.parametrize("shape,dtype", LARGE_ON_GPU)
+@pytest.mark.parametrize("shape,dtype", TWO_ON_GPU)
 def test_backward(
     measured: Measured, device: torch.device, shape: Shape, dtype: torch.dtype
 ) -> None:
@@ -253,19 +259,29 @@ def ends(results: Tensor) -> Tensor:
     return torch.cat([results[:, :width], results[:, -width:]], 1)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("steps", GPU_STEPS)
-def test_steps(measured: Measured, device: torch.device, steps: int) -> None:
+@pytest.mark.parametrize(
+    "steps,dtype",
+    [
+        *(pytest.param(t, torch.float32, marks=ON_CPU) for t in CPU_STEPS),
+        *(pytest.param(t, torch.bfloat16, marks=ON_CPU) for t in CPU_STEPS[::2]),
+        *(pytest.param(t, torch.float32, marks=ON_GPU) for t in GPU_STEPS),
+        *(pytest.param(t, torch.bfloat16, marks=ON_GPU) for t in GPU_STEPS[1::5]),
+    ],
+)
+def test_steps(measured: Measured, device: torch.device, steps: int, dtype: torch.dtype) -> None:
     """From few to very many steps of as many neuron-steps."""
-    room = torch.cuda.get_device_properties(device).total_memory / ENOUGH_MEMORY
-    neurons = int(GPU_NEURON_STEPS // steps * min(1.0, room)) // 64 * 64
-    x, grad = leaves((steps, neurons), device)
+    neuron_steps = CPU_NEURON_STEPS
+    if device.type != "cpu":
+        room = torch.cuda.get_device_properties(device).total_memory / ENOUGH_MEMORY
+        neuron_steps = int(GPU_NEURON_STEPS * min(1.0, room))
+    neurons = neuron_steps // steps // 64 * 64
+    x, grad = leaves((steps, neurons), device, dtype)
     step = training(x, grad)
     few = ends(x.detach()).requires_grad_()
-    expected = Expected(Step(reference(), [few], [ends(grad)]), part=ends)
+    expected = Expected(Step(reference(), [few], [ends(grad)]), gradient=rounding(dtype), part=ends)
     best, rest = ours(tk.lif, device, step, expected)
     others = [*rest, Variant("relu", step(torch.relu))]
-    name = f"T = {steps}, {neurons / M:.4g}M neurons, float32"
+    name = f"T = {steps}, {neurons:,} neurons, {str(dtype).removeprefix('torch.')}"
     measured(make_case("lif, more and more steps", name, best, others, x, TRAINING))
 
 

@@ -59,6 +59,44 @@ def spikingjelly_amp(device: torch.device = CPU) -> tuple[Forward, Forward]:
     return forward, spikingjelly_neuron
 
 
+def spikingjelly_norm(
+    channels: int, device: torch.device = CPU, training: bool = True
+) -> Callable[[Forward], Callable[..., Tensor]]:
+    """Its BatchNorm2d, multi-step, before one of its neurons; weight and bias come with x."""
+    from spikingjelly.activation_based import layer
+
+    norm = layer.BatchNorm2d(channels, step_mode="m").to(device).train(training)
+
+    def before(neuron: Forward) -> Callable[..., Tensor]:
+        def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            affine = {"weight": weight, "bias": bias}
+            return neuron(torch.func.functional_call(norm, affine, x))
+
+        return forward
+
+    return before
+
+
+def spikingjelly_plif(device: torch.device = CPU) -> tuple[Callable[..., Tensor], Any]:
+    """ParametricLIFNode, multi-step, decayed input; (x, w) -> spikes, fired at h >= threshold."""
+    from spikingjelly.activation_based import neuron, surrogate
+
+    node = neuron.ParametricLIFNode(
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0), step_mode="m"
+    ).to(device)
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        node.reset()
+        return torch.func.functional_call(node, {"w": w}, x)
+
+    def same(x: Tensor, w: Tensor) -> Tensor:
+        return tk.lif(
+            x, decay=w.sigmoid(), charge="leak", fire_at_threshold=True, backend="reference"
+        )
+
+    return forward, same
+
+
 def spikingjelly_node() -> Any:
     from spikingjelly.activation_based import neuron, surrogate
 

@@ -11,14 +11,15 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.records import Record, Run
 from benchmarks.report import duration, times
-from benchmarks.targets import PENALTY, STEPS, TRAINING
+from benchmarks.targets import BLOCK, PACKED, PENALTY, STEPS, TRAINING
 
 PLOTS = {
     "lif.png": (TRAINING, "lif: forward and backward, time relative to ours"),
+    "batch_norm_lif.png": (BLOCK, "batch_norm_lif: forward and backward, time relative to ours"),
     "penalty.png": (PENALTY, "trt_penalty: forward and backward, time relative to ours"),
 }
 OURS, ALSO_OURS, YARDSTICK, OTHER = "#1b6e53", "#7db59f", "#8a8f98", "#c9743a"
-YARDSTICKS = ("relu", "sum of squares")
+YARDSTICKS = ("relu", "sum of squares", "BatchNorm2d + relu")
 COLUMNS = 2
 
 
@@ -43,26 +44,63 @@ def draw(run: Run, folder: Path) -> list[Path]:
     if records:
         written.append(folder / "steps.png")
         plot_steps(records, f"{run.machine}; {run.date}", written[-1])
+    records = run.of(PACKED)
+    if records:
+        written.append(folder / "memory.png")
+        plot_memory(records, f"{run.machine}; {run.date}", written[-1])
     return written
+
+
+def plot_memory(records: list[Record], caption: str, path: Path) -> None:
+    """What each variant keeps for the backward pass, one panel a case."""
+    bars = max(len(record.info["variants"]) for record in records)
+    height = len(records) * (0.4 * bars + 0.6) + 1.1
+    figure, grid = plt.subplots(len(records), 1, figsize=(8, height), sharex=True, squeeze=False)
+    for axes, record in zip(grid.flat, records, strict=True):
+        ours = record.info["ours"]
+        kept = {n: record.kept(result) or 0.0 for n, result in record.info["variants"].items()}
+        colours = [colour_of(name, ours) for name in kept]
+        drawn = axes.barh(list(kept), list(kept.values()), color=colours, height=0.72)
+        axes.bar_label(drawn, [f"{number:.3g}" for number in kept.values()], padding=4, fontsize=9)
+        axes.invert_yaxis()
+        axes.set_title(record.case, fontsize=10, loc="left")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+    grid.flat[-1].set_xlabel("bytes kept for the backward pass, per neuron-step")
+    figure.suptitle(
+        "pack_saved_spikes: what a network keeps", fontsize=13, fontweight="bold", x=0.02, ha="left"
+    )
+    figure.text(0.02, 0.012, caption, fontsize=8, color="#555555")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def plot_steps(records: list[Record], caption: str, path: Path) -> None:
     """The cost of a neuron-step over the number of steps."""
     figure, axes = plt.subplots(figsize=(8, 4.6))
-    names = dict.fromkeys(name for record in records for name in record.info["variants"])
-    for name in names:
-        points = [
-            (r.info["steps"], r.info["variants"][name]["median"] / r.info["elements"] * 1e12)
-            for r in records
-            if name in r.info["variants"]
-        ]
-        colour = colour_of(name, records[0].info["ours"])
-        axes.plot(*zip(*points, strict=True), marker="o", label=name, color=colour)
-    copies = [(r.info["steps"], r.seconds * r.of_copy / r.info["elements"] * 1e12) for r in records]
+    dtypes = list(dict.fromkeys(record.info.get("dtype") for record in records))
+    for dtype, style in zip(dtypes, ("-", "--"), strict=False):
+        some = [record for record in records if record.info.get("dtype") == dtype]
+        suffix = f", {dtype.removeprefix('torch.')}" if len(dtypes) > 1 else ""
+        for name in dict.fromkeys(name for record in some for name in record.info["variants"]):
+            points = [
+                (r.info["steps"], r.info["variants"][name]["median"] / r.info["elements"] * 1e12)
+                for r in some
+                if name in r.info["variants"]
+            ]
+            colour = colour_of(name, some[0].info["ours"])
+            line = {"marker": "o", "label": f"{name}{suffix}", "color": colour, "linestyle": style}
+            axes.plot(*zip(*points, strict=True), **line)
+    some = [record for record in records if record.info.get("dtype") == dtypes[0]]
+    copies = [(r.info["steps"], r.seconds * r.of_copy / r.info["elements"] * 1e12) for r in some]
     label = "a copy of the same bytes"
     axes.plot(*zip(*copies, strict=True), linestyle=":", label=label, color=YARDSTICK)
     axes.set_xscale("log")
-    axes.set_xticks([record.info["steps"] for record in records])
+    axes.set_xticks(sorted({record.info["steps"] for record in records}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:g}"))
     axes.minorticks_off()
     axes.set_ylim(bottom=0)

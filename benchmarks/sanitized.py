@@ -17,6 +17,8 @@ import trt_kernels as tk
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (shape, time_dim): odd and even rows, more steps than one segment of the backward pass.
 SHAPES = (((1, 1), 0), ((5, 33), 0), ((6, 2, 128), 0), ((3, 4, 65), 1), ((40, 130), 0))
+# [T, B, C, *]: channels that are a tile, one cut short, runs of whole vectors, and odd runs.
+BLOCKS = ((3, 5, 64), (18, 4, 5), (3, 2, 4, 8), (2, 3, 130, 7), (4, 40, 3, 49))
 SIZES = ((1,), (7,), (8, 3, 3, 3), (1030,), (0,), (130, 33))
 CLASSES = (2, 33, 1000, 3000)
 # Of gradients: relative, and half precision is rounded once more.
@@ -73,6 +75,56 @@ def lif_cases() -> Iterator[tuple[str, list[Tensor], Compute]]:
         yield f"lif with everything {shape} {dtype}", [x, v_init], full
 
 
+def block_cases() -> Iterator[tuple[str, list[Tensor], Compute]]:
+    """Normalised input and neurons by channel, a constant current, bits."""
+
+    def block(backend: str, leaves: list[Tensor], training: bool) -> list[Tensor]:
+        x, mean, variance, weight, bias, gains, decay, threshold, v_reset = leaves
+        running = (None, None) if training else (mean.detach(), variance.detach() + 0.5)
+        out = tk.batch_norm_lif(
+            x,
+            *running,
+            weight,
+            bias,
+            training,
+            gains=gains,
+            decay=decay,
+            threshold=threshold,
+            v_reset=v_reset,
+            charge="leak",
+            statistics=True,
+            backend=backend,
+        )
+        return [out.spikes + 0 * (mean + variance).sum().to(x.dtype)]
+
+    def constant(backend: str, leaves: list[Tensor]) -> list[Tensor]:
+        return [tk.lif(leaves[0][0].contiguous(), steps=18, backend=backend)]
+
+    def bits(backend: str, leaves: list[Tensor]) -> list[Tensor]:
+        options: dict[str, Any] = {"surrogate": tk.Rectangle(1.0), "reset": "soft"}
+        memory = "recompute" if backend == "reference" else "bits"
+        return [tk.lif(leaves[0], memory=memory, backend=backend, **options)]
+
+    def packed(backend: str, leaves: list[Tensor]) -> list[Tensor]:
+        with tk.use_backend(backend), tk.pack_saved_spikes():
+            return [tk.lif(leaves[0]).clone() * leaves[0], tk.lif(leaves[0]) * leaves[0]]
+
+    dtypes = itertools.cycle(DTYPES)
+    for shape, training in itertools.product(BLOCKS, (True, False)):
+        for dtype in DTYPES[:3]:
+            sizes = [shape[2:3]] * 8
+            sizes[4] = (shape[0], shape[2]) if training else shape[:1]
+            given = [torch.rand(size) for size in sizes]
+
+            def compute(b: str, leaves: list[Tensor], training: bool = training) -> list[Tensor]:
+                return block(b, leaves, training)
+
+            yield f"batch_norm_lif {shape} {dtype}", [torch.randn(shape).to(dtype), *given], compute
+        x = torch.randn(shape).to(next(dtypes))
+        for function in (constant, bits, packed):
+            yield f"lif {function.__name__} {shape} {x.dtype}", [x], function
+
+
 def penalty_cases() -> Iterator[tuple[str, list[Tensor], Compute]]:
     settings = {"steps": 6, "weight": 1e-2, "delta": 0.5}
 
@@ -106,7 +158,8 @@ def main(backend: str = "cuda", device: str = "") -> int:
     torch.manual_seed(0)
     device = device or ("cpu" if backend == "cpu" else "cuda")
     wrong = count = 0
-    for name, inputs, compute in itertools.chain(lif_cases(), penalty_cases(), loss_cases()):
+    cases = itertools.chain(lif_cases(), block_cases(), penalty_cases(), loss_cases())
+    for name, inputs, compute in cases:
         count += 1
         try:
             both(name, inputs, compute, backend, device)

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 Results = tuple[list[Tensor], list[Tensor]]
 Tensors = tuple[list[Tensor], list[Tensor] | None]
@@ -53,15 +55,31 @@ class Step:
         return type(self)(self.function, inputs, grads)
 
     def kept(self) -> int:
-        """Bytes of the distinct storages that the forward pass keeps for the backward pass."""
+        """Bytes of the distinct storages that the forward pass keeps for the backward pass.
+
+        Where the function keeps something else in the place of a tensor, as `pack_saved_spikes`
+        does, that is counted: the tensors of what its hook returns.
+        """
         storages: dict[int, Any] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage  # held, so that no address is given out twice
-            return tensor
+        def counted(kept: Any) -> Any:
+            for part in kept if isinstance(kept, tuple) else (kept,):
+                if isinstance(part, Tensor):
+                    storage = part.untyped_storage()
+                    # Held, so that no address is given out twice.
+                    storages[storage.data_ptr()] = storage
+            return kept
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        class Counting(saved_tensors_hooks):
+            """Only the innermost hooks are asked: those of the function are replaced by these."""
+
+            def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]):
+                super().__init__(lambda tensor: counted(pack(tensor)), unpack)
+
+        with (
+            mock.patch.object(torch.autograd.graph, "saved_tensors_hooks", Counting),
+            Counting(lambda tensor: tensor, lambda tensor: tensor),
+        ):
             outputs = self.function(*self.inputs)
         total = sum(storage.nbytes() for storage in storages.values())
         del outputs

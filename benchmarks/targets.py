@@ -1,6 +1,6 @@
 """The project's performance targets, each judged from the records of a run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.records import Record, Run
@@ -15,6 +15,18 @@ BACKWARD = "lif, backward"
 STEPS = "lif, more and more steps"
 BITS = "lif, bits of the CPU"
 WALL_PENALTY = "trt_penalty, wall clock"
+BLOCK = "batch_norm_lif, forward and backward"
+BLOCK_INFERENCE = "batch_norm_lif, inference"
+CONSTANT_BLOCK = "batch_norm_lif, constant current"
+LEARNED = "lif, learned decay and threshold"
+PLIF = "lif, learned time constant (PLIF)"
+TWO_BITS = "lif, two bits for the backward pass"
+CONSTANT = "lif, constant current"
+RATES = "lif, rates of every step"
+PACKED = "a network with packed spikes"
+# Variants that targets ask for.
+SEPARATE = "BatchNorm2d + lif"
+SEPARATE_NETWORK = "BatchNorm2d + LIF"
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,9 @@ class Finding:
 
 
 def findings(run: Run) -> Iterator[Finding]:
-    """Every target that the run measured; on a GPU also those that it did not."""
+    """Every target that the run measured, and of those that are listed also what it did not."""
     if run.on_gpu:
-        yield from gpu_findings(run)
+        yield from listed(GPU_TARGETS, run)
         return
     yield from against_relu(run)
     yield from against_others(run)
@@ -49,6 +61,7 @@ def findings(run: Run) -> Iterator[Finding]:
     yield from penalty(run)
     yield from memory(run)
     yield from overhead(run)
+    yield from listed(CPU_TARGETS, run)
 
 
 def against_relu(run: Run) -> Iterator[Finding]:
@@ -120,7 +133,7 @@ def overhead(run: Run) -> Iterator[Finding]:
             yield Finding("`lif` time ÷ do-nothing Function time", record.case, 1 / slower, 1.5)
 
 
-# --- The targets of a GPU.
+# --- Targets that are listed whether they were measured or not.
 Measurements = Iterator[tuple[str, float]]  # case, number
 FASTEST_PEER = ("SpikingJelly cuda", "SpikingJelly triton")
 
@@ -140,9 +153,9 @@ class Target:
             yield Finding(self.name, case, value, self.limit, self.at_least)
 
 
-def gpu_findings(run: Run) -> Iterator[Finding]:
-    """Every target of a GPU; one without a measurement has no value."""
-    for target in GPU_TARGETS:
+def listed(targets: Iterable[Target], run: Run) -> Iterator[Finding]:
+    """Every target; one without a measurement has no value."""
+    for target in targets:
         yield from target.findings(run)
 
 
@@ -193,19 +206,57 @@ def of_peers_memory(run: Run) -> Measurements:
 
 def between_steps(run: Run) -> Measurements:
     """The dearest neuron-step over the cheapest, among as many of them in few and in many steps."""
-    records = run.of(STEPS)
-    each = [record.seconds / record.info["elements"] for record in records]
-    if len(each) > 1:
-        steps = [record.info["steps"] for record in records]
-        yield f"T = {min(steps)} to {max(steps)}", max(each) / min(each)
+    for dtype in dict.fromkeys(record.info.get("dtype") for record in run.of(STEPS)):
+        records = run.of(STEPS, dtype=dtype)
+        each = [record.seconds / record.info["elements"] for record in records]
+        if len(each) > 1:
+            steps = [record.info["steps"] for record in records]
+            suffix = f", {dtype.removeprefix('torch.')}" if dtype else ""
+            yield f"T = {min(steps)} to {max(steps)}{suffix}", max(each) / min(each)
+
+
+def bytes_kept(table: str) -> Callable[[Run], Measurements]:
+    """Bytes that we keep per element."""
+
+    def numbers(run: Run) -> Measurements:
+        for record in run.of(table):
+            kept = record.kept(record.ours)
+            if kept is not None:
+                yield record.case, kept
+
+    return numbers
+
+
+def kept_beyond_x(run: Run) -> Measurements:
+    """Bytes a neuron-step that we keep of long and short sequences beside x."""
+    for record in run.of(STEPS):
+        kept = record.kept(record.ours)
+        if kept is not None:
+            yield record.case, kept - (4 if record.info.get("dtype") == FLOAT32 else 2)
+
+
+def block_kept(run: Run) -> Measurements:
+    """Bytes that the block keeps over those of x."""
+    for record in (*run.of(BLOCK), *run.of(CONSTANT_BLOCK)):
+        if "kept" in record.ours:
+            yield record.case, record.ours["kept"] / record.info["x"]
+
+
+def network_kept(run: Run) -> Measurements:
+    """Bytes that a network of our blocks keeps, packed, over those of two layers each, unpacked."""
+    for record in run.of(PACKED):
+        usual = record.others.get(SEPARATE_NETWORK, {}).get("kept")
+        if usual and "kept" in record.ours:
+            yield record.case, record.ours["kept"] / usual
 
 
 def between_backends(run: Run) -> Measurements:
     """The slower of our backends over the faster."""
-    for record in (*run.of(TRAINING), *run.of(INFERENCE), *run.of(BACKWARD)):
-        ratio = record.ratio("ours triton")
-        if ratio:
-            yield f"{record.table.removeprefix('lif, ')} {record.case}", max(ratio, 1 / ratio)
+    for table in (TRAINING, INFERENCE, BACKWARD, BLOCK):
+        for record in run.of(table):
+            ratio = record.ratio("ours triton")
+            if ratio:
+                yield f"{table.removeprefix('lif, ')} {record.case}", max(ratio, 1 / ratio)
 
 
 def kept_beyond_parameters(run: Run) -> Measurements:
@@ -232,6 +283,18 @@ def wrong_backends(run: Run) -> Measurements:
 
 
 FLOAT32, BFLOAT16 = "torch.float32", "torch.bfloat16"
+MEMORY_TARGETS = (
+    Target("`batch_norm_lif` keeps ÷ x", 1.05, block_kept),
+    Target("`lif` with two bits keeps, B per neuron-step", 0.25, bytes_kept(TWO_BITS)),
+    Target("`lif` of any T keeps beside x, B per neuron-step", 0.25, kept_beyond_x),
+    # 4.125 of 12 bytes a neuron-step, in half precision 2.0625 of 6; and images and parameters.
+    Target("packed network of fused blocks keeps ÷ usual network", 0.36, network_kept),
+)
+CPU_TARGETS = (
+    Target(f"{SEPARATE} ÷ `batch_norm_lif` time", 1.5, times_ours(BLOCK, SEPARATE), True),
+    Target("`lif`, dearest ÷ cheapest neuron-step", 1.15, between_steps),
+    *MEMORY_TARGETS,
+)
 GPU_TARGETS = (
     Target("`lif` forward, fraction of copy bandwidth", 0.92, of_copy(INFERENCE), True),
     Target("`lif` backward, fraction of copy bandwidth", 0.90, of_copy(BACKWARD), True),
@@ -267,4 +330,6 @@ GPU_TARGETS = (
         True,
     ),
     Target("`trt_penalty` keeps beside the parameters, B each", 0, kept_beyond_parameters),
+    Target("`batch_norm_lif`, fraction of copy bandwidth", 0.85, of_copy(BLOCK), True),
+    *MEMORY_TARGETS,
 )

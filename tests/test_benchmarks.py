@@ -1,5 +1,6 @@
 """The benchmark suite itself: its helper, its baselines and its report."""
 
+import importlib
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from benchmarks.measure import (
     Absent,
     Case,
     Variant,
+    check,
     is_due,
     measure,
     optional,
@@ -26,6 +28,14 @@ from benchmarks.steps import Backward, Expected, Mismatch, Step
 from benchmarks.targets import findings
 
 MEGA = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def bench(request):
+    """Imports a file of cases, whose markers benchmarks/conftest.py knows."""
+    for name in ("cpu", "cuda", "full"):
+        request.config.addinivalue_line("markers", f"{name}: of benchmarks")
+    return lambda stem: importlib.import_module(f"benchmarks.bench_{stem}")
 
 
 class Clock:
@@ -279,6 +289,23 @@ def test_counts_kept_bytes():
     assert Step(penalty, params, [torch.ones(())]).kept() == sum(w.nbytes for w in params)
 
 
+def test_counts_what_is_kept_instead_of_a_tensor():
+    x, w = torch.rand(8, 64), torch.rand(64, 3)
+    spikes = (x > 0.5).float()
+
+    def product(s, w):
+        return s @ w
+
+    def packed(s, w):
+        with tk.pack_saved_spikes():
+            return s @ w
+
+    inputs = [spikes * torch.ones((), requires_grad=True), w.requires_grad_()]
+    assert Step(product, inputs, [torch.ones(8, 3)]).kept() == spikes.nbytes + w.nbytes
+    assert Step(packed, inputs, [torch.ones(8, 3)]).kept() == spikes.nbytes // 32 + w.nbytes
+    assert torch.autograd.graph.saved_tensors_hooks.__name__ == "saved_tensors_hooks"
+
+
 def test_resnet19_size():
     assert sum(w.numel() for _, w in networks.resnet19()) == 12_630_858
 
@@ -290,6 +317,79 @@ def test_official_lif_matches_the_reference(shape, v_reset):
     official = Step(lambda x: baselines.official_lif(x, v_reset=v_reset), [x], [grad])
     same = Step(lambda x: tk.lif(x, v_reset=v_reset, backend="reference"), [x], [grad])
     Expected(same, gradient=1e-6).check("official", official.results())
+
+
+def by_channel(x, decay, threshold):
+    return tk.lif(x, decay=decay, threshold=threshold, channel_dim=2, backend="reference")
+
+
+def test_learned_loop_matches_the_reference():
+    x, grad = torch.randn(5, 2, 3, 7, requires_grad=True), torch.randn(5, 2, 3, 7)
+    inputs = [x, *((0.3 + torch.rand(3)).requires_grad_() for _ in range(2))]
+    expected = Expected(Step(by_channel, inputs, [grad]), gradient=1e-5)
+    expected.check("loop", Step(baselines.learned_lif, inputs, [grad]).results())
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("library", (False, True))
+def test_two_layers_match_the_block(bench, library, training):
+    cpu, blocks = torch.device("cpu"), bench("batch_norm_lif")
+    inputs = [torch.randn(4, 8, 3, 9, 9, requires_grad=True), *blocks.affine(3, cpu)]
+    grad = [torch.randn(4, 8, 3, 9, 9)]
+    options = {"backend": "reference", "fire_at_threshold": library}
+    block = blocks.fused(3, cpu, training, **options)
+    apart = baselines.NormLIF(3, cpu, training, tk.lif)
+    if library:
+        try:
+            apart = peers.spikingjelly_norm(3, cpu, training)(peers.spikingjelly()[0])
+        except ImportError as missing:
+            pytest.skip(str(missing))
+    expected = Expected(Step(block, inputs, grad), 1e-2, 1e-2)
+    expected.check("two layers", Step(apart, inputs, grad).results())
+
+
+def test_learned_time_constant_of_spikingjelly():
+    try:
+        forward, same = peers.spikingjelly_plif()
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    inputs = [torch.randn(6, 500, requires_grad=True), torch.tensor(0.3, requires_grad=True)]
+    grad = [torch.randn(6, 500)]
+    expected = Expected(Step(same, inputs, grad), gradient=1e-4)
+    expected.check("PLIF", Step(forward, inputs, grad).results())
+
+
+SMALL, LARGER, FLAT = (3, 2, 4, 5, 6), (4, 8, 8, 10, 10), (3, 130)
+SINGLE, HALF = torch.float32, torch.bfloat16
+# File, test, arguments, bytes of the ledger, bytes kept of ours (None: nothing is kept).
+CASES = (
+    ("batch_norm_lif", "test_training", (SMALL, SINGLE, "NCHW"), 32 * 720, 4 * 720 + 4 * 6 * 4),
+    ("batch_norm_lif", "test_training", (LARGER, HALF, "channels_last"), 16 * 25600, None),
+    ("batch_norm_lif", "test_inference", (SMALL, SINGLE, "NCHW"), 8 * 720, None),
+    ("batch_norm_lif", "test_constant", (SMALL[1:], 3), (5 + 9) * 4 * 240, None),
+    ("lif_options", "test_learned", (SMALL,), 20 * 720, None),
+    ("lif_options", "test_time_constant", (FLAT,), 20 * 390, None),
+    ("lif_options", "test_two_bits", ((4, 256), SINGLE), 16.5 * 1024, 1024 // 4),
+    ("lif_options", "test_two_bits", ((4, 256), HALF), 8.5 * 1024, 1024 // 4),
+    ("lif_options", "test_constant", ((130,), 3), 9 * 4 * 130, 4 * 130),
+    ("lif_options", "test_rates", (FLAT,), 8 * 390, None),
+    ("packing", "test_training", ((2, 3, 3, 8, 8), SINGLE), 32 * 160 * 384, None),
+)
+
+
+@pytest.mark.parametrize("file,test,arguments,moved,kept", CASES)
+def test_small_cases_are_right_and_state_their_bytes(bench, file, test, arguments, moved, kept):
+    cases = []
+    getattr(bench(file), test)(cases.append, torch.device("cpu"), *arguments)
+    (case,) = cases
+    assert case.moved == moved
+    checked = check(case, HostClock())
+    assert not set(checked.skipped) - {"SpikingJelly"} and not checked.failed
+    if kept is not None:
+        assert case.ours.step.kept() == kept
+    if file == "packing":
+        usual = checked.variants["BatchNorm2d + LIF"].step.kept()
+        assert case.ours.step.kept() < usual - 4 * case.elements
 
 
 @pytest.mark.parametrize("steps", (1, 6))
@@ -429,6 +529,55 @@ def test_targets_are_judged_from_the_records(results):
     assert judged["official loop time ÷ `trt_penalty` time", 40.0] == (50.0, True)
 
 
+def more_json(path):
+    """The cases of fused blocks, of many steps in two dtypes, of bits and of packed networks."""
+    block = record(
+        "batch_norm_lif, forward and backward",
+        "(4, 32, 64) float32",
+        4e-3,
+        {"BatchNorm2d + lif": 8e-3, "BatchNorm2d + relu": 3e-3},
+        x=4 * MEGA,
+    )
+    steps = [
+        record("lif, more and more steps", f"T = {t} {dtype}", cost, {}, steps=t, dtype=dtype)
+        for dtype, costs in (("torch.float32", (1e-3, 1.1e-3)), ("torch.bfloat16", (1e-3, 2e-3)))
+        for t, cost in zip((10, 1000), costs, strict=True)
+    ]
+    network = record("a network with packed spikes", "3 blocks", 4e-3, {"BatchNorm2d + LIF": 4e-3})
+    network["variants"]["BatchNorm2d + LIF"]["kept"] = 16 * MEGA
+    benchmarks = [{"extra_info": info} for info in (block, *steps, network)]
+    path.write_text(json.dumps({"machine_info": {}, "benchmarks": benchmarks}))
+    return path
+
+
+def test_listed_targets_of_a_cpu(tmp_path, results):
+    judged = {}
+    for f in findings(read([more_json(tmp_path / "more.json")])):
+        judged.setdefault(f.target, []).append((f.value, report.verdict(f)))
+    missed = "**missed**"
+    assert judged["BatchNorm2d + lif ÷ `batch_norm_lif` time"] == [(2.0, "met")]
+    assert judged["`batch_norm_lif` keeps ÷ x"] == [(1.0, "met")]
+    each = judged["`lif`, dearest ÷ cheapest neuron-step"]
+    assert each == [(pytest.approx(1.1), "met"), (pytest.approx(2.0), missed)]
+    beside = judged["`lif` of any T keeps beside x, B per neuron-step"]
+    assert beside == [(0.0, "met")] * 2 + [(2.0, missed)] * 2
+    share = judged["packed network of fused blocks keeps ÷ usual network"]
+    assert share == [(0.25, "met")]
+    unmeasured = [(None, "not measured")]
+    assert judged["`lif` with two bits keeps, B per neuron-step"] == unmeasured
+    others = {f.target: report.verdict(f) for f in findings(read([results]))}
+    assert others["BatchNorm2d + lif ÷ `batch_norm_lif` time"] == "not measured"
+
+
+def test_plots_of_blocks_steps_and_memory(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import draw
+
+    paths = draw(read([more_json(tmp_path / "more.json")]), tmp_path)
+    assert {path.name for path in paths} == {"batch_norm_lif.png", "steps.png", "memory.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
 def test_report_of_nothing_is_an_error(tmp_path):
     path = tmp_path / "empty.json"
     path.write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
@@ -497,6 +646,8 @@ def test_gpu_targets_are_judged_or_said_to_be_unmeasured(tmp_path, results):
     unmeasured = (None, "not measured")
     assert judged["SpikingJelly under AMP ÷ `lif`"] == [unmeasured]
     assert judged["`lif` forward, fraction of copy bandwidth"] == [unmeasured]
+    assert judged["`batch_norm_lif`, fraction of copy bandwidth"] == [unmeasured]
+    assert judged["`batch_norm_lif` keeps ÷ x"] == [unmeasured]
     on_cpu = {f.target for f in findings(read([results]))}
     assert not on_cpu & {"`trt_penalty`, kernel launches", "SpikingJelly under AMP ÷ `lif`"}
 
@@ -615,6 +766,8 @@ def test_gpu_command_reads_sanitizers(code, line, status):
 def test_stages_of_the_gpu_command(tmp_path, monkeypatch):
     stages = gpu.benchmark_stages("python", tmp_path)
     assert [s.command[-1].split("=")[0] for s in stages] == ["--time-budget"] * len(stages)
+    files = {word for s in stages for word in s.command if word.startswith("benchmarks/bench_")}
+    assert files == {str(p.relative_to(gpu.ROOT)) for p in gpu.ROOT.glob("benchmarks/bench_*.py")}
     assert sum(s.seconds for s in stages) + gpu.TESTS_SECONDS <= gpu.LIMIT_SECONDS < 9 * 60
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     assert {o.status for o in gpu.sanitizer_stages("python")} == {gpu.UNAVAILABLE}
