@@ -2,6 +2,7 @@
 
     python examples/train_digits.py
     python examples/train_digits.py --method tet --epochs 30 --seed 1 --out out/tet
+    python examples/train_digits.py --packed
 
 The data are the 1,797 real 8x8 images that come with scikit-learn: nothing is downloaded. Every
 image is shown as a constant input current for `--steps` timesteps; the network answers with logits
@@ -14,6 +15,9 @@ image is shown as a constant input current for `--steps` timesteps; the network 
 A random quarter of the images is the test set, so it shares its writers with the training set, and
 all three objectives do well: this shows how the parts fit together and compares nothing.
 
+Every block is a convolution and `BatchNormLIF`. With `--packed` the spikes that layers keep for the
+backward pass are kept as bits, with the same gradients; what that saved is printed.
+
 Needs scikit-learn, matplotlib and tqdm beside trt_kernels. Writes `curves.png` and `spikes.png`
 to `--out`, and with `--json` everything that the curves show.
 """
@@ -24,6 +28,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +49,25 @@ Data = tuple[Tensor, Tensor]  # images [N, 1, 8, 8] in [0, 1], labels [N]
 
 
 class SpikingConv(nn.Module):
-    """Convolution, normalisation and LIF neurons: [T, B, C, H, W] -> spikes [T, B, C', H, W]."""
+    """Convolution, then normalisation and LIF neurons in one operator.
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    [T, B, C, H, W] -> spikes [T, B, C', H, W]. With the option `steps` the input has no time,
+    [B, C, H, W], and is the neurons' current at each of so many steps.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, **lif_options: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(channels_out)
-        self.lif = trt_kernels.nn.LIF(decay=0.5, threshold=1.0)
+        self.neurons = trt_kernels.nn.BatchNormLIF(
+            channels_out, decay=0.5, threshold=1.0, **lif_options
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        # Convolution and normalisation know no time: they see T * B images. The neurons integrate
-        # their current over all T steps in one kernel.
-        current = self.norm(self.conv(x.flatten(0, 1)))
-        return self.lif(current.unflatten(0, x.shape[:2]))
+        # The convolution knows no time: it sees T * B images. Normalisation and neurons read its
+        # output in place, over all T steps.
+        leading = x.shape[:-3]
+        current = self.conv(x.flatten(0, -4))
+        return self.neurons(current.unflatten(0, leading))
 
 
 class SpikingNet(nn.Module):
@@ -65,18 +76,18 @@ class SpikingNet(nn.Module):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.steps = steps
-        self.layer1 = SpikingConv(1, 32)
+        # Direct encoding: an image is the same current at every step, so it is convolved once.
+        self.layer1 = SpikingConv(1, 32, steps=steps)
         self.layer2 = SpikingConv(32, 64)
         self.layer3 = SpikingConv(64, 64)
         self.readout = nn.Linear(64 * 4 * 4, 10)
 
     def spikes(self, images: Tensor) -> list[Tensor]:
         """The spikes of every layer, each [T, B, C, H, W]."""
-        x = images.expand(self.steps, *images.shape)  # direct encoding: the same current T times
-        first = self.layer1(x)
+        first = self.layer1(images)
         second = self.layer2(first)
         pooled = F.avg_pool2d(second.flatten(0, 1), 2)  # 8x8 -> 4x4
-        return [first, second, self.layer3(pooled.unflatten(0, x.shape[:2]))]
+        return [first, second, self.layer3(pooled.unflatten(0, second.shape[:2]))]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.readout(self.spikes(images)[-1].flatten(2))
@@ -245,6 +256,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weight", type=number(float, 0), default=1e-5, help="lambda of TRT")
     add("--delta", type=number(float, 0), default=0.25, help="time decay delta of TRT")
     add("--mse-ratio", type=number(float, 0, 1), default=0.05, help="eta of TRT, lambda of TET")
+    add("--packed", action="store_true", help="keep spikes as bits for the backward pass")
     add("--json", type=Path, help="file for settings, history and result")
     add("--out", type=Path, default=Path("out/digits"), help="folder for the pictures")
     add("--limit", type=number(int, 1), help=argparse.SUPPRESS)  # training images, for tests
@@ -281,11 +293,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with trt_kernels.use_backend(args.backend):
         start = time.perf_counter()
-        history = train(args, model, training, test)
+        with trt_kernels.pack_saved_spikes() if args.packed else nullcontext() as packing:
+            history = train(args, model, training, test)
         seconds = time.perf_counter() - start
         plot_spikes(model, test, args.out / "spikes.png")
     plot_curves(history, f"{args.method}, seed {args.seed}", args.out / "curves.png")
 
+    if packing:
+        print(f"over all batches, {packing}")
     accuracy = history[-1]["test_accuracy"]
     if args.json:
         settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}

@@ -11,16 +11,25 @@ import pytest
 for needed in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_digits.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = ["--backend", "cpu", "--epochs", "1", "--steps", "2", "--limit", "128", "--batch-size", "32"]
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def digits():
-    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("train_digits")
+
+
+@pytest.fixture(scope="module")
+def sequence():
+    return loaded("long_sequence")
 
 
 @pytest.fixture
@@ -67,6 +76,25 @@ def test_methods(run, method, tmp_path, capsys):
 def test_methods_differ(run):
     losses = {run(*TINY, "--method", m)["history"][0]["loss"] for m in ("trt", "tet", "sdt")}
     assert len(losses) == 3
+
+
+def test_the_first_convolution_runs_once_an_image(digits):
+    model = digits.SpikingNet(steps=3)
+    shapes = []
+    for layer in (model.layer1, model.layer2):
+        layer.conv.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape[0]))
+    layers = model.spikes(digits.torch.rand(5, 1, 8, 8))
+    assert shapes == [5, 15]
+    assert [tuple(s.shape[:3]) for s in layers] == [(3, 5, 32), (3, 5, 64), (3, 5, 64)]
+
+
+def test_packed_spikes_train_the_same(run, capsys):
+    usual = run(*TINY)["history"]
+    assert "saved tensors" not in capsys.readouterr().out
+    assert run(*TINY, "--packed")["history"] == usual
+    said, last = capsys.readouterr().out.splitlines()[-2:]
+    assert re.search(r"12 saved tensors kept as bits \(12 from lif, 0 packed\)", said)
+    assert last.startswith("test accuracy")
 
 
 def test_backends_agree(run):
@@ -165,3 +193,27 @@ def test_defaults_learn(run, digits):
     result = run(pictures=True)
     assert result["test_accuracy"] >= 96
     assert result["history"][-1]["loss"] < result["history"][0]["loss"] / 2
+
+
+def test_long_sequence(sequence, capsys):
+    sequence.main(["--steps", "240", "--chunk", "50", "--epochs", "3"])
+    spikes, first, last, kept, angle = capsys.readouterr().out.splitlines()
+    assert spikes == "spikes that differ from the whole sequence's: 0 of 245,760"
+    before, after = (float(line.split()[-1]) for line in (first, last))
+    assert after < before
+    whole, chunk = map(float, re.findall(r"([\d.]+) MB", kept))
+    assert whole / chunk == pytest.approx(240 / 50, rel=0.1)
+    assert 0.9 < float(angle.split()[-1]) <= 1
+
+
+def test_long_sequence_whole_is_exact(sequence, capsys):
+    sequence.main(["--steps", "30", "--chunk", "30", "--epochs", "1"])
+    assert capsys.readouterr().out.endswith("cosine 1.0000\n")
+
+
+@pytest.mark.parametrize("name", ["--steps", "--chunk", "--epochs"])
+def test_long_sequence_refuses_bad_arguments(sequence, capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        sequence.main([f"{name}=0"])
+    assert stopped.value.code == 2
+    assert f"argument {name}: got 0" in capsys.readouterr().err
