@@ -658,7 +658,7 @@ def python(name, code, seconds=60.0, judge=gpu.judge_benchmarks):
 
 def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 3.0)
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
     gpu_json(scratch / "bench0.json")
@@ -674,7 +674,7 @@ def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeyp
     alone = [
         python("good", "print('3 passed')"),
         python("bad", "print('FAILED x - y'); exit(1)"),
-        python("slow", interrupted, 1.5),
+        python("slow", interrupted, 6.0),
         python("deaf", deaf, 1.5),
         python("orphan", orphan),
     ]

@@ -588,7 +588,8 @@ def held(network, x, context):
         gc.collect()
         found = {}
         for o in gc.get_objects():
-            if issubclass(type(o), torch.Tensor) and o.layout is torch.strided:
+            tensor = issubclass(type(o), torch.Tensor) and not torch.nn.parameter.is_lazy(o)
+            if tensor and o.layout is torch.strided:
                 found[o.untyped_storage()._cdata] = o.untyped_storage().nbytes()
         return found
 

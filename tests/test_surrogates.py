@@ -43,9 +43,12 @@ def test_kernel_agrees_everywhere(surrogate, dtype, kernels):
     assert grads[0][-5:-2].isnan().all() and grads[0][-2:].eq(0).all()
 
 
+NUMBERS = ("decay", "tau", "threshold", "v_reset", "delta", "eps", "scale")
+
+
 def test_every_surrogate_has_a_kernel():
     for surrogate in SURROGATES:
-        options = dict.fromkeys(("decay", "tau", "threshold", "v_reset", "delta", "eps"), 1.0)
+        options = dict.fromkeys(NUMBERS, 1.0)
         native._C.LIF(
             charge="decay",
             reset="hard",
@@ -54,6 +57,8 @@ def test_every_surrogate_has_a_kernel():
             surrogate_parameter=surrogate.parameter,
             detach_reset=False,
             fire_at_threshold=False,
+            batch=False,
+            bits=0,
             **options,
         )
     assert {type(s) for s in SURROGATES} == set(tk.Surrogate.__subclasses__())

@@ -36,11 +36,13 @@ def pack_kernel(
     """The bits of x; `binary`, true before, becomes false where x is anything but 0 and 1."""
     first = tl.program_id(0).to(INDEX) * BLOCK
     index = first + tl.arange(0, BLOCK)
-    # The interpreter compares bfloat16 by its bits, and -0 is 0.
+    # In the state's type, as the interpreter compares bfloat16 by its bits.
     value = tl.load(x + index, mask=index < size, other=0.0).to(STATE)
     byte = first // 8 + tl.arange(0, BLOCK // 8)
     tl.store(bits + byte, packed(value != 0), mask=byte < (scalar(size, INDEX) + 7) // 8)
-    others = tl.sum(tl.where((value == 0) | (value == 1), 0, 1), 0)
+    # By its bits, 0 is not -0, which would come back as 0.
+    pattern = value.to(tl.int64 if tl.float64 == STATE else tl.int32, bitcast=True)
+    others = tl.sum(tl.where((pattern == 0) | (value == 1), 0, 1), 0)
     # Whichever programs store it store the same.
     tl.store(binary, others == 0, mask=others > 0)
 
