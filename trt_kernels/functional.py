@@ -13,6 +13,7 @@ from .backends import reference
 from .backends.native import PlainLIF
 from .ops import choose_backend, trt_penalty_accumulate
 from .options import (
+    LEARNABLE,
     LIF_SETTINGS,
     LIFOptions,
     LIFTensors,
@@ -252,13 +253,10 @@ def _lif(
     return spikes if plain else LIFOutput(spikes, state, value, potential, rate)
 
 
-_LEARNABLE = {"decay": 0.5, "threshold": 1.0, "v_reset": 0.0}
-
-
 def _with_floats(settings: tuple[Any, ...]) -> tuple[Any, ...]:
     """The settings with a float in the place of each tensor, which `_neuron` checks."""
     return tuple(
-        _LEARNABLE[name] if name in _LEARNABLE and isinstance(value, Tensor) else value
+        LIF_DEFAULTS[name] if name in LEARNABLE and isinstance(value, Tensor) else value
         for name, value in zip(LIF_SETTINGS, settings, strict=True)
     )
 
@@ -293,7 +291,6 @@ LIF_DEFAULTS = {
     for name, parameter in inspect.signature(lif).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 }
-LIF_KEYWORDS = LIF_DEFAULTS.keys()
 
 
 def _penalty_weight(penalty: MembranePenalty, x: Tensor, options: LIFOptions) -> Tensor:
@@ -378,10 +375,10 @@ def batch_norm_lif(
 
     Source: BatchNorm (arXiv 1502.03167), tdBN (2011.05280), TEBN (NeurIPS 2022).
     """
-    unknown = lif_options.keys() - LIF_KEYWORDS
+    unknown = lif_options.keys() - LIF_DEFAULTS.keys()
     if unknown:
         raise TypeError(
-            f"batch_norm_lif: unknown options {sorted(unknown)}; lif takes {sorted(LIF_KEYWORDS)}"
+            f"batch_norm_lif: unknown options {sorted(unknown)}; lif takes {sorted(LIF_DEFAULTS)}"
         )
     given = {**LIF_DEFAULTS, **lif_options, "time_dim": time_dim}
     penalty = given["penalty"]
@@ -438,7 +435,7 @@ def batch_norm_lif(
             )
         gains = gains.to(dtype).contiguous()
     neuron = None
-    if any(isinstance(given[name], Tensor) for name in _LEARNABLE):
+    if any(isinstance(given[name], Tensor) for name in LEARNABLE):
         neuron = _neuron(x, given["decay"], given["threshold"], given["v_reset"], options, channels)
     if training:
         group = process_group

@@ -10,17 +10,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from . import checks
 from .functional import LIF_DEFAULTS, batch_norm_lif, lif
 from .ops import check_backend_name
-from .options import LIF_SETTINGS, MembranePenalty, make_lif_options
+from .options import LEARNABLE, LIF_SETTINGS, MembranePenalty, make_lif_options
 
 _MOST_DIMENSIONS = 64  # of a torch tensor
-_LEARNABLE = ("decay", "threshold", "v_reset")
 
 
 class _Neuron(nn.Module):
     """The options of `lif` and a state between calls, for the modules below."""
 
     state: Tensor | None
-    _not_learned: tuple[str, ...] = ()
 
     def _set_options(self, stateful: bool, lif_options: dict[str, Any]) -> None:
         name = type(self).__name__
@@ -33,7 +31,7 @@ class _Neuron(nn.Module):
         if stateful and lif_options.get("v_init") is not None:
             raise ValueError("v_init: a stateful layer starts from its own state; call reset()")
         settings = {**LIF_DEFAULTS, **lif_options}
-        for key in _LEARNABLE:
+        for key in LEARNABLE:
             value = settings[key]
             if isinstance(value, Tensor):
                 checks.tensor(key, value)
@@ -59,13 +57,13 @@ class _Neuron(nn.Module):
         self.lif_options = {
             key: value
             for key, value in lif_options.items()
-            if not (key in _LEARNABLE and isinstance(value, Tensor))
+            if not (key in LEARNABLE and isinstance(value, Tensor))
         }
         self.state = None
 
     def _options(self) -> dict[str, Any]:
         """The options of a call: settings, and what is learned."""
-        learned = {key: getattr(self, key) for key in _LEARNABLE if hasattr(self, key)}
+        learned = {key: getattr(self, key) for key in LEARNABLE if hasattr(self, key)}
         return {**self.lif_options, **learned}
 
     def _run(self, function: Any, *arguments: Any, **options: Any) -> Any:
@@ -298,9 +296,6 @@ class BatchNormLIF(_Neuron, _NormBase):
             process_group=self.process_group,
             **options,
         )
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        """`batch_norm_lif` checks it."""
 
     def extra_repr(self) -> str:
         norm = (

@@ -16,6 +16,7 @@ CHARGES = ("decay", "divide", "leak")
 LARGEST_EXPONENT = math.log(2.0**60)
 PHIS = ("square", "trt", "range", "spike")
 MEMORIES = ("recompute", "bits")
+LEARNABLE = ("decay", "threshold", "v_reset")  # each a float or a tensor
 
 
 # The arguments of `lif` that are checked together, in the order that `make_lif_options` takes them.
@@ -77,6 +78,12 @@ class LIFTensors(NamedTuple):
     norm_weight: Tensor | None = None  # [C]
     norm_bias: Tensor | None = None  # [C]
     gains: Tensor | None = None  # [T] or [T, C]
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        given = self.neuron if self.stats is None else self.stats
+        return 1 if given is None else given.shape[1]
 
 
 class LIFResults(NamedTuple):

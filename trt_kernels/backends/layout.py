@@ -147,8 +147,7 @@ def lif_shape(x: Tensor, tensors: LIFTensors, options: LIFOptions) -> LIFShape:
         sizes = (x.numel() // max(1, inner), options.steps, inner)
     else:
         sizes = fold(x, options.time_dim)
-    given = tensors.neuron if tensors.stats is None else tensors.stats
-    channels = 1 if given is None else given.shape[1]
+    channels = tensors.channels
     if channels == 1:
         return LIFShape(*sizes, 1, max(1, sizes[0] * sizes[2]))
     stride = empty_state(x, options).stride(options.channel_dim)
@@ -214,8 +213,7 @@ def lif_backward_tensors(
         grad_spikes = in_layout_of(sequence, grad_spikes)
     if grad_potential is not None:
         grad_potential = in_layout_of(sequence, grad_potential)
-    given = tensors.neuron if tensors.stats is None else tensors.stats
-    channels = 1 if given is None else given.shape[1]
+    channels = tensors.channels
     gradients = LIFGradients(
         torch.empty_like(x) if wanted.x else None,
         grad_v_init,
