@@ -57,6 +57,10 @@ struct Norm {
   TRT_HD F operator()(F x) const { return (x - mean) * a + b; }
   // The normalised x without weight and bias, where no spike depends on rounding.
   TRT_HD F xhat(F x) const { return ((x - mean) - rest) * inverse; }
+  // dx, from what arrives at z and the batch's means of dz xhat and of dz.
+  TRT_HD F gradient(F x, F dz, F mean_dzx, F mean_dz) const {
+    return a * (dz - mean_dz - xhat(x) * mean_dzx);
+  }
 };
 
 template <class F>

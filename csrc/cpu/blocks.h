@@ -1,11 +1,10 @@
 // How the neurons of a layer are cut into blocks, by channels where something is given by channel,
-// and how rows of a block are read, written and summed.
+// and how rows of a block are read and written.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 #include "../arguments.h"
 #include "parallel.h"
@@ -16,38 +15,58 @@ inline namespace TRT_ISA {
 
 using Index = std::int64_t;
 
-// Sums are taken over granules: parts of a block whose borders depend on the shape alone, so that a
-// block may be as wide as the number of threads asks and a sum still has one order.
+// Sums are taken over granules: parts of the neurons whose borders depend on the shape alone, so
+// that a block may be as wide as the number of threads asks and a sum still has one order.
 constexpr Index kGranule = 128;
 
-// Runs of neighbouring neurons that share what is given by channel: those of one channel, or of up
-// to kGranule channels that are neighbours in memory (a tile).
+// Channels of up to so many neighbours share rows of a block.
+constexpr Index kSmallMap = 64;
+
+// Runs of neighbouring neurons that share what is given by channel: those of one channel, or where
+// channels are small, whole channels that are neighbours in memory (a tile).
 struct Planes {
-  explicit Planes(const LIFShape& shape)
+  // `widest` is the number of columns of a tile, about.
+  Planes(const LIFShape& shape, Index widest)
       : shape(shape),
-        tiles(shape.channels > 1 && shape.channel_stride == 1 && shape.inner >= shape.channels),
-        width(tiles ? std::min(shape.channels, kGranule)
+        tiles(are_tiles(shape)),
+        channels(tiles ? tile_channels(shape, widest) : 1),
+        width(tiles ? channels * shape.channel_stride
                     : std::min(shape.channel_stride, shape.inner)),
-        count(tiles ? ceil_div(shape.channels, width) : shape.channels),
-        runs(shape.neurons() / (tiles ? shape.channels : shape.channels * width)),
+        count(ceil_div(shape.channels, channels)),
+        runs(shape.neurons() / (shape.channels * (tiles ? shape.channel_stride : width))),
         without_gap(tiles ? 1 : shape.channel_stride / width) {}
 
-  Index first_channel(Index plane) const { return tiles ? plane * width : plane; }
+  static bool are_tiles(const LIFShape& shape) {
+    return shape.channels > 1 && shape.channel_stride <= kSmallMap &&
+           shape.inner >= shape.channels * shape.channel_stride;
+  }
+  Index first_channel(Index plane) const { return plane * channels; }
+  Index channels_of(Index plane) const {
+    return std::min(channels, shape.channels - first_channel(plane));
+  }
   Index run_width(Index plane) const {
-    return tiles ? std::min(width, shape.channels - plane * width) : width;
+    return tiles ? channels_of(plane) * shape.channel_stride : width;
   }
   // The first neuron of a run.
   Index neuron(Index plane, Index run) const {
-    if (tiles) return plane * width + run * shape.channels;
+    if (tiles) return plane * width + run * shape.channels * shape.channel_stride;
     return (run / without_gap * shape.channels + plane) * shape.channel_stride +
            run % without_gap * width;
   }
 
   LIFShape shape;
   bool tiles;
-  Index width;  // of a run, at most
+  Index channels;  // of a plane, at most
+  Index width;     // of a run, at most
   Index count, runs;
   Index without_gap;  // runs that follow one another
+
+ private:
+  // Tiles of one layer are about the same in width.
+  static Index tile_channels(const LIFShape& shape, Index widest) {
+    const Index most = std::max<Index>(1, widest / shape.channel_stride);
+    return ceil_div(shape.channels, ceil_div(shape.channels, most));
+  }
 };
 
 // The columns of a block: `outers` runs of a plane, `inners` neurons of each from `inner` on.
@@ -55,25 +74,33 @@ struct Planes {
 struct Block {
   Index plane, outer, inner, outers, inners;
   Index runs, length;
+  Index part;
   Index columns() const { return outers * inners; }
 };
 
-// Cuts the planes into blocks of about `width` columns.
+// Cuts the planes into blocks of about `width` columns, and the blocks of a plane into parts that
+// a thread takes one after another.
 class Blocks {
  public:
   Blocks(const LIFShape& shape, Index width)
-      : planes(shape),
+      : planes(shape, width),
         granule_inners_(std::min(planes.width, kGranule)),
-        granule_outers_(
-            std::max<Index>(1, (planes.tiles ? kTileGranule : kGranule) / planes.width)),
+        granule_outers_(std::max<Index>(1, kGranule / planes.width)),
         granules_across_(ceil_div(planes.width, granule_inners_)),
-        inners_(std::min(planes.width, width)),
-        outers_(std::max<Index>(1, width / planes.width / granule_outers_) * granule_outers_),
+        inners_(planes.tiles ? planes.width : std::min(planes.width, width)),
+        outers_(planes.tiles ? std::max<Index>(1, width / planes.width)
+                             : std::max<Index>(1, width / planes.width / granule_outers_) *
+                                   granule_outers_),
         across_(ceil_div(planes.width, inners_)),
         of_plane(across_ * ceil_div(planes.runs, outers_)),
-        granules_of_plane(granules_across_ * ceil_div(planes.runs, granule_outers_)) {}
+        of_part(planes.tiles ? ceil_div(of_plane, std::max<Index>(1, kTileParts / planes.count))
+                             : 1),
+        parts_of_plane(ceil_div(of_plane, of_part)),
+        granules_of_plane(planes.tiles ? parts_of_plane
+                                       : granules_across_ *
+                                             ceil_div(planes.runs, granule_outers_)) {}
 
-  Index count() const { return of_plane * planes.count; }
+  Index parts() const { return parts_of_plane * planes.count; }
   // Most columns of a block.
   Index width() const { return std::min(outers_, planes.runs) * inners_; }
   Index granules() const { return granules_of_plane * planes.count; }
@@ -84,25 +111,44 @@ class Blocks {
     const Index outers = std::min(outers_, planes.runs - outer);
     const Index inners = std::min(inners_, planes.run_width(plane) - inner);
     const bool one = planes.tiles && planes.count == 1 && planes.shape.outer == 1;
-    return {plane, outer, inner, outers, inners, one ? 1 : outers, one ? outers * inners : inners};
+    return {plane,  outer,
+            inner,  outers,
+            inners, one ? 1 : outers,
+            one ? outers * inners : inners,
+            plane * parts_of_plane + within / of_part};
   }
 
-  // Block `index` of those of planes first .. first + count - 1, in an order that goes through
-  // memory as steadily as may be: neighbouring planes first.
-  Block in_order(Index index, Index first, Index count) const {
-    return (*this)[(first + index % count) * of_plane + index / count];
+  // f(block, its number) for the blocks of a part of a plane.
+  template <class Function>
+  void for_blocks(Index plane, Index part, Function&& f) const {
+    const Index end = std::min(of_plane, (part + 1) * of_part);
+    for (Index block = part * of_part; block < end; ++block) {
+      f((*this)[plane * of_plane + block], plane * of_plane + block);
+    }
+  }
+  // The same for part `index` of all, in an order that goes through memory steadily: neighbouring
+  // planes first, but tiles one by one, since each has rows to fill.
+  template <class Function>
+  void for_blocks(Index index, Function&& f) const {
+    if (planes.tiles) {
+      for_blocks(index / parts_of_plane, index % parts_of_plane, f);
+    } else {
+      for_blocks(index % planes.count, index / planes.count, f);
+    }
   }
 
-  // f(granule, its outers, its inners, its first column) for every granule of the block.
+  // f(granule, its columns, the first of them) for every granule of the block, which a tile's block
+  // shares with those of its part.
   template <class Function>
   void for_granules(const Block& block, Function&& f) const {
+    if (planes.tiles) return f(block.part, block.columns(), Index(0));
     for (Index o = 0; o < block.outers; o += granule_outers_) {
       const Index outers = std::min(granule_outers_, block.outers - o);
       for (Index i = 0; i < block.inners; i += granule_inners_) {
         const Index inners = std::min(granule_inners_, block.inners - i);
         f(block.plane * granules_of_plane + (block.outer + o) / granule_outers_ * granules_across_ +
               (block.inner + i) / granule_inners_,
-          outers, inners, o * block.inners + i);
+          outers * inners, o * block.inners + i);
       }
     }
   }
@@ -110,55 +156,13 @@ class Blocks {
   const Planes planes;
 
  private:
-  // A tile keeps a sum for each of its columns, so its granules are longer.
-  static constexpr Index kTileGranule = 4 * kGranule;
+  // Parts of all tiles, about: enough for threads, few enough that their sums are small.
+  static constexpr Index kTileParts = 64;
   const Index granule_inners_, granule_outers_, granules_across_;
   const Index inners_, outers_, across_;
 
  public:
-  const Index of_plane, granules_of_plane;
-};
-
-// Sums of rows by channel: a number for every granule, or in a tile for every column of it.
-class ChannelSums {
- public:
-  ChannelSums(const Blocks& blocks, Index rows)
-      : blocks_(blocks),
-        each_(blocks.planes.tiles ? blocks.planes.width : 1),
-        partial_(rows * blocks.granules() * each_) {}
-
-  // Adds the columns of a block to a row.
-  template <class F>
-  void add(const Block& block, Index row, const F* columns) {
-    blocks_.for_granules(block, [&](Index granule, Index outers, Index inners, Index first) {
-      double* sum = partial_.data() + (row * blocks_.granules() + granule) * each_;
-      if (!blocks_.planes.tiles) {
-        *sum += sum_row(outers * inners, columns + first);
-        return;
-      }
-      for (Index o = 0; o < outers; ++o) {
-        const F* from = columns + first + o * block.inners;
-        for (Index i = 0; i < inners; ++i) sum[i] += from[i];
-      }
-    });
-  }
-
-  double total(Index row, Index channel) const {
-    const Planes& planes = blocks_.planes;
-    const Index plane = planes.tiles ? channel / planes.width : channel;
-    const Index column = planes.tiles ? channel % planes.width : 0;
-    const Index first = row * blocks_.granules() + plane * blocks_.granules_of_plane;
-    double sum = 0;
-    for (Index g = 0; g < blocks_.granules_of_plane; ++g) {
-      sum += partial_[(first + g) * each_ + column];
-    }
-    return sum;
-  }
-
- private:
-  const Blocks& blocks_;
-  const Index each_;
-  std::vector<double> partial_;
+  const Index of_plane, of_part, parts_of_plane, granules_of_plane;
 };
 
 // Where the runs of a block begin, in a state and in a sequence at step 0.
@@ -195,6 +199,13 @@ Rows<Storage> sequence_rows(Storage* data, const LIFShape& shape) {
 template <class Storage>
 Rows<Storage> state_rows(Storage* data) {
   return {data, &Runs::state, 0};
+}
+
+// f(first column, its place in memory) for every stretch of a row.
+template <class Storage, class Function>
+void for_runs(const Rows<Storage>& rows, const Runs& runs, const Block& block, Index t,
+              Function&& f) {
+  for (Index o = 0; o < block.runs; ++o) f(o * block.length, rows.run(runs, o, t));
 }
 
 // Copies a stretch of memory, converting it where the types differ.
@@ -237,6 +248,25 @@ void copy_row(const Rows<Storage>& to, const Runs& runs, const Block& block, Ind
   for (Index o = 0; o < block.runs; ++o) {
     copy_run(block.length, row + o * block.length, to.run(runs, o, t));
   }
+}
+
+// Spikes, of which there are but two values, which are quicker to convert than others.
+template <class F>
+void copy_spikes(Index n, const F* __restrict__ from, F* __restrict__ to) {
+  std::memcpy(to, from, n * sizeof(F));
+}
+template <class Storage, class F>
+void copy_spikes(Index n, const F* __restrict__ from, Storage* __restrict__ to) {
+  Storage one;
+  store(&one, F(1));
+  for (Index i = 0; i < n; ++i) to[i].bits = from[i] != F(0) ? one.bits : std::uint16_t(0);
+}
+template <class F, class Storage>
+void store_spikes(const Rows<Storage>& to, const Runs& runs, const Block& block, Index t,
+                  const F* row) {
+  if (std::is_same<F, Storage>::value && block.runs == 1) return;
+  for_runs(to, runs, block, t,
+           [&](Index i, Storage* place) { copy_spikes(block.length, row + i, place); });
 }
 
 // Ends what `open_row` began.
