@@ -58,8 +58,8 @@ struct Norm {
   // The normalised x without weight and bias, where no spike depends on rounding.
   TRT_HD F xhat(F x) const { return ((x - mean) - rest) * inverse; }
   // dx, from what arrives at z and the batch's means of dz xhat and of dz.
-  TRT_HD F gradient(F x, F dz, F mean_dzx, F mean_dz) const {
-    return a * (dz - mean_dz - xhat(x) * mean_dzx);
+  TRT_HD F gradient(F xhat, F dz, F mean_dzx, F mean_dz) const {
+    return a * (dz - mean_dz - xhat * mean_dzx);
   }
 };
 

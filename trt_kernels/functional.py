@@ -61,6 +61,35 @@ def _check_lif(
     )
 
 
+def _options(
+    x: Tensor, penalty: MembranePenalty | None, backend: Any, settings: Any, learned: bool
+) -> tuple[LIFOptions, PlainLIF | None]:
+    """`_check_lif`, which a call like one before is spared, and the short way, if there is one.
+
+    `learned` where tensors are among the settings.
+    """
+    if learned:
+        return _check_lif(x, penalty, backend, _with_floats(settings)), None
+    if torch.compiler.is_compiling() or penalty is not None or not isinstance(x, Tensor):
+        return _check_lif(x, penalty, backend, settings), None
+    chosen = ops.default_backend if backend is None else backend
+    # The classes too: 0.0 and False equal 0, and would pass for a checked time_dim.
+    classes = tuple(map(type, settings))
+    key = (settings, classes, packing.active(), chosen, x.dtype, x.device, x.ndim, x.layout)
+    try:
+        known = _checked.get(key)
+    except TypeError:  # something unhashable: the check names it
+        return _check_lif(x, penalty, backend, settings), None
+    if known is None:
+        options = _check_lif(x, penalty, backend, settings)
+        known = options, ops.plain_lif(options, x.dtype)
+        if options.surrogate != "custom":  # one of the user's own is not kept alive
+            if len(_checked) >= _MOST_CHECKED:
+                _checked.clear()
+            _checked[key] = known
+    return known
+
+
 def lif(
     x: Tensor,
     *,
@@ -162,40 +191,9 @@ def lif(
     learned = (
         isinstance(decay, Tensor) or isinstance(threshold, Tensor) or isinstance(v_reset, Tensor)
     )
-    if torch.compiler.is_compiling() or learned or penalty is not None or not isinstance(x, Tensor):
-        options = _check_lif(x, penalty, backend, _with_floats(settings) if learned else settings)
-    else:
-        chosen = ops.default_backend if backend is None else backend
-        # The classes too: 0.0 and False equal 0, and would pass for a checked time_dim.
-        classes = (
-            decay.__class__,
-            threshold.__class__,
-            v_reset.__class__,
-            time_dim.__class__,
-            detach_reset.__class__,
-            fire_at_threshold.__class__,
-            return_state.__class__,
-            return_potential.__class__,
-            statistics.__class__,
-            steps.__class__,
-            channel_dim.__class__,
-            packing.active(),
-        )
-        key = (settings, classes, chosen, x.dtype, x.device, x.ndim, x.layout)
-        try:
-            known = _checked.get(key)
-        except TypeError:  # something unhashable: the check names it
-            known = _check_lif(x, penalty, backend, settings), None
-        if known is None:
-            options = _check_lif(x, penalty, backend, settings)
-            known = options, ops.plain_lif(options, x.dtype)
-            if options.surrogate != "custom":  # one of the user's own is not kept alive
-                if len(_checked) >= _MOST_CHECKED:
-                    _checked.clear()
-                _checked[key] = known
-        options, short = known
-        if short is not None and v_init is None and x.is_contiguous() and ops.is_plain(x):
-            return LIFSpikes.apply(x, short)
+    options, short = _options(x, penalty, backend, settings, learned)
+    if short is not None and v_init is None and x.is_contiguous() and ops.is_plain(x):
+        return LIFSpikes.apply(x, short)
     neuron = None
     if learned:
         neuron = _neuron(x, decay, threshold, v_reset, options, 1)
@@ -383,7 +381,8 @@ def batch_norm_lif(
     given = {**LIF_DEFAULTS, **lif_options, "time_dim": time_dim}
     penalty = given["penalty"]
     settings = tuple(given[name] for name in LIF_SETTINGS)
-    options = _check_lif(x, penalty, given["backend"], _with_floats(settings))
+    learned = any(isinstance(given[name], Tensor) for name in LEARNABLE)
+    options, _ = _options(x, penalty, given["backend"], settings, learned)
     if options.time_dim > 1:
         raise ValueError(
             f"time_dim: got {time_dim}, needs 0 for [T, B, C, *] or 1 for [B, T, C, *]"
@@ -399,10 +398,9 @@ def batch_norm_lif(
             f"channel_dim: got {given['channel_dim']}, but the channels normalised are dimension "
             f"{channel_dim}"
         )
-    options = options._replace(
-        channel_dim=1, scale=checks.neuron_parameter("scale", scale, x.dtype)
-    )
+    scale = checks.neuron_parameter("scale", scale, x.dtype)
     training = checks.boolean("training", training)
+    options = options._replace(channel_dim=1, scale=scale, batch=training)
     momentum = checks.fraction("momentum", momentum)
     eps = checks.positive("eps", eps)
     channels = x.shape[channel_dim]
@@ -435,7 +433,7 @@ def batch_norm_lif(
             )
         gains = gains.to(dtype).contiguous()
     neuron = None
-    if any(isinstance(given[name], Tensor) for name in LEARNABLE):
+    if learned:
         neuron = _neuron(x, given["decay"], given["threshold"], given["v_reset"], options, channels)
     if training:
         group = process_group
@@ -449,7 +447,6 @@ def batch_norm_lif(
         if running_mean is None or running_var is None:
             raise ValueError("running_mean, running_var: got None, needed where training is False")
         stats = _running_stats(running_mean, running_var, eps, dtype)
-    options = options._replace(batch=training)
     weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
     tensors = LIFTensors(given["v_init"], None, neuron, stats, weight, bias, gains)
     return _lif(x, tensors, penalty, options, given["surrogate"], group)

@@ -14,7 +14,7 @@ using Index = std::int64_t;
 
 // Channels that are summed together, so that memory is read in longer stretches than one channel's,
 // and elements of a part, which is what a thread takes at a time. Parts depend on the shape alone.
-constexpr Index kTile = 64;
+constexpr Index kTile = 512, kMostLanes = 32;
 constexpr Index kStretch = 4096;
 constexpr Index kPart = 64 * 1024;
 
@@ -58,7 +58,7 @@ void statistics(const Statistics& a, int threads) {
   const Storage* x = static_cast<const Storage*>(a.x);
   const bool tiles = a.within == 1;
   const Index together =
-      tiles ? kTile : std::min(kTile / 2, std::max<Index>(1, kStretch / a.within));
+      tiles ? kTile : std::min(kMostLanes, std::max<Index>(1, kStretch / a.within));
   const Index width = std::min(a.channels, together);  // channels of a part
   const Index across = ceil_div(a.channels, width);
   const Index runs_of_part = std::max<Index>(1, kPart / (width * a.within));
@@ -73,8 +73,8 @@ void statistics(const Statistics& a, int threads) {
                  const Index end = std::min(a.before, begin + runs_of_part);
                  Moments* to = &partial[(tile * parts + part) * width];
                  if (!tiles) {
-                   double shifts[kTile];
-                   Lanes lanes[kTile / 2];
+                   double shifts[kMostLanes];
+                   Lanes lanes[kMostLanes];
                    for (Index j = 0; j < n; ++j) shifts[j] = load(x[(first + j) * a.within]);
                    for (Index run = begin; run < end; ++run) {
                      const Storage* row = x + (run * a.channels + first) * a.within;

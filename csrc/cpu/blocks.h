@@ -19,17 +19,18 @@ using Index = std::int64_t;
 // that a block may be as wide as the number of threads asks and a sum still has one order.
 constexpr Index kGranule = 128;
 
-// Channels of up to so many neighbours share rows of a block.
+// Channels of up to so many neighbours share rows of a block, and the columns of a tile, at most:
+// what is given for them is to stay in the second-level cache.
 constexpr Index kSmallMap = 64;
+constexpr Index kTileColumns = 4096;
 
 // Runs of neighbouring neurons that share what is given by channel: those of one channel, or where
 // channels are small, whole channels that are neighbours in memory (a tile).
 struct Planes {
-  // `widest` is the number of columns of a tile, about.
-  Planes(const LIFShape& shape, Index widest)
+  explicit Planes(const LIFShape& shape)
       : shape(shape),
         tiles(are_tiles(shape)),
-        channels(tiles ? tile_channels(shape, widest) : 1),
+        channels(tiles ? tile_channels(shape) : 1),
         width(tiles ? channels * shape.channel_stride
                     : std::min(shape.channel_stride, shape.inner)),
         count(ceil_div(shape.channels, channels)),
@@ -63,8 +64,8 @@ struct Planes {
 
  private:
   // Tiles of one layer are about the same in width.
-  static Index tile_channels(const LIFShape& shape, Index widest) {
-    const Index most = std::max<Index>(1, widest / shape.channel_stride);
+  static Index tile_channels(const LIFShape& shape) {
+    const Index most = kTileColumns / shape.channel_stride;
     return ceil_div(shape.channels, ceil_div(shape.channels, most));
   }
 };
@@ -83,57 +84,43 @@ struct Block {
 class Blocks {
  public:
   Blocks(const LIFShape& shape, Index width)
-      : planes(shape, width),
+      : planes(shape),
         granule_inners_(std::min(planes.width, kGranule)),
         granule_outers_(std::max<Index>(1, kGranule / planes.width)),
         granules_across_(ceil_div(planes.width, granule_inners_)),
-        inners_(planes.tiles ? planes.width : std::min(planes.width, width)),
-        outers_(planes.tiles ? std::max<Index>(1, width / planes.width)
-                             : std::max<Index>(1, width / planes.width / granule_outers_) *
-                                   granule_outers_),
+        inners_(std::min(planes.width, width)),
+        outers_(planes.tiles
+                    ? std::max<Index>(1, width / planes.width)
+                    : std::max<Index>(1, width / planes.width / granule_outers_) * granule_outers_),
         across_(ceil_div(planes.width, inners_)),
-        of_plane(across_ * ceil_div(planes.runs, outers_)),
-        of_part(planes.tiles ? ceil_div(of_plane, std::max<Index>(1, kTileParts / planes.count))
-                             : 1),
-        parts_of_plane(ceil_div(of_plane, of_part)),
-        granules_of_plane(planes.tiles ? parts_of_plane
-                                       : granules_across_ *
-                                             ceil_div(planes.runs, granule_outers_)) {}
+        down_(ceil_div(planes.runs, outers_)),
+        of_part_(!planes.tiles ? 1
+                               : across_ * std::max(ceil_div(kTilePart, outers_),
+                                                    ceil_div(down_, kTileParts))),
+        of_plane(across_ * down_),
+        parts_of_plane(ceil_div(of_plane, of_part_)),
+        granules_of_plane(planes.tiles
+                              ? parts_of_plane
+                              : granules_across_ * ceil_div(planes.runs, granule_outers_)) {}
 
-  Index parts() const { return parts_of_plane * planes.count; }
-  // Most columns of a block.
+  // Most columns of a block, and of what is given for those of a tile.
   Index width() const { return std::min(outers_, planes.runs) * inners_; }
+  Index given_width() const { return std::max(width(), planes.width); }
   Index granules() const { return granules_of_plane * planes.count; }
 
-  Block operator[](Index block) const {
-    const Index plane = block / of_plane, within = block % of_plane;
-    const Index outer = within / across_ * outers_, inner = within % across_ * inners_;
-    const Index outers = std::min(outers_, planes.runs - outer);
-    const Index inners = std::min(inners_, planes.run_width(plane) - inner);
-    const bool one = planes.tiles && planes.count == 1 && planes.shape.outer == 1;
-    return {plane,  outer,
-            inner,  outers,
-            inners, one ? 1 : outers,
-            one ? outers * inners : inners,
-            plane * parts_of_plane + within / of_part};
-  }
-
-  // f(block, its number) for the blocks of a part of a plane.
+  // f(block, its number) for the blocks of part `index` of `count` planes from `first` on. Parts
+  // and blocks follow one another in memory as far as may be.
   template <class Function>
-  void for_blocks(Index plane, Index part, Function&& f) const {
-    const Index end = std::min(of_plane, (part + 1) * of_part);
-    for (Index block = part * of_part; block < end; ++block) {
-      f((*this)[plane * of_plane + block], plane * of_plane + block);
+  void for_blocks(Index first, Index count, Index index, Function&& f) const {
+    if (!planes.tiles) {
+      const Index plane = first + index / across_ % count;
+      return f(block(plane, index / across_ / count, index % across_), index);
     }
-  }
-  // The same for part `index` of all, in an order that goes through memory steadily: neighbouring
-  // planes first, but tiles one by one, since each has rows to fill.
-  template <class Function>
-  void for_blocks(Index index, Function&& f) const {
-    if (planes.tiles) {
-      for_blocks(index / parts_of_plane, index % parts_of_plane, f);
-    } else {
-      for_blocks(index % planes.count, index / planes.count, f);
+    const Index part = index % parts_of_plane, plane = index / parts_of_plane;
+    const Index end = std::min(of_plane, (part + 1) * of_part_);
+    for (Index i = part * of_part_; i < end; ++i) {
+      const Block it = block(first + plane, i / across_, i % across_);
+      if (it.inners > 0) f(it, plane * of_plane + i);
     }
   }
 
@@ -156,13 +143,29 @@ class Blocks {
   const Planes planes;
 
  private:
-  // Parts of all tiles, about: enough for threads, few enough that their sums are small.
-  static constexpr Index kTileParts = 64;
+  Block block(Index plane, Index down, Index across) const {
+    const Index outer = down * outers_, inner = across * inners_;
+    const Index outers = std::min(outers_, planes.runs - outer);
+    const Index inners = std::min(inners_, planes.run_width(plane) - inner);
+    const bool one = planes.tiles && planes.count == 1 && across_ == 1 && planes.shape.outer == 1;
+    return {plane,
+            outer,
+            inner,
+            outers,
+            inners,
+            one ? 1 : outers,
+            one ? outers * inners : inners,
+            plane * parts_of_plane + (down * across_ + across) / of_part_};
+  }
+
+  // Runs of a tile's part at least, and parts of a tile at most: enough of them for threads, few
+  // enough that their sums are small.
+  static constexpr Index kTilePart = 8, kTileParts = 64;
   const Index granule_inners_, granule_outers_, granules_across_;
-  const Index inners_, outers_, across_;
+  const Index inners_, outers_, across_, down_, of_part_;
 
  public:
-  const Index of_plane, of_part, parts_of_plane, granules_of_plane;
+  const Index of_plane, parts_of_plane, granules_of_plane;
 };
 
 // Where the runs of a block begin, in a state and in a sequence at step 0.

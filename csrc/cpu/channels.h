@@ -34,8 +34,8 @@ struct OneNorm {
 
   OneNorm from(Index) const { return *this; }
   const Norm<F>& operator[](Index) const { return value; }
-  F gradient(Index, F x, F dz, F times) const {
-    return value.gradient(x, dz, times * mean_dzx, times * mean_dz);
+  F gradient(Index, F xhat, F dz, F times) const {
+    return value.gradient(xhat, dz, times * mean_dzx, times * mean_dz);
   }
 };
 template <class F>
@@ -46,8 +46,8 @@ struct NormRow {
     return {mean + i, rest + i, inverse + i, a + i, b + i, mean_dzx + i, mean_dz + i};
   }
   Norm<F> operator[](Index i) const { return {mean[i], rest[i], inverse[i], a[i], b[i]}; }
-  F gradient(Index i, F x, F dz, F times) const {
-    return (*this)[i].gradient(x, dz, times * mean_dzx[i], times * mean_dz[i]);
+  F gradient(Index i, F xhat, F dz, F times) const {
+    return (*this)[i].gradient(xhat, dz, times * mean_dzx[i], times * mean_dz[i]);
   }
 };
 
@@ -67,7 +67,8 @@ class Given {
 
   Given(const LIFSettings& settings, const LIFShape& shape, const LIFChannels& by_channel,
         const F* means, const Blocks& blocks)
-      : settings_(settings),
+      : width(blocks.given_width()),
+        settings_(settings),
         channels_(shape.channels),
         by_channel_(by_channel),
         means_(means),
@@ -96,17 +97,17 @@ class Given {
     return by_channel_.gains_by_channel ? gains[t * channels_ + channel] : gains[t];
   }
 
-  // Fills the rows of a tile's columns, each `width` long.
-  void fill(Index plane, Index width, F* rows) const {
+  // Fills the rows of a tile's columns, which are `width` long.
+  void fill(Index plane, F* rows) const {
     if (neurons_differ()) {
-      spread<kNeuronRows>(plane, width, rows, [&](Index channel, F* values) {
+      spread<kNeuronRows>(plane, rows, [&](Index channel, F* values) {
         const Neuron<F> n = neuron(channel);
         const F of_neuron[] = {n.decay, n.threshold, n.v_reset, n.fires_above};
         std::copy_n(of_neuron, kNeuronRows, values);
       });
     }
     if (norms_differ()) {
-      spread<kNormRows>(plane, width, rows + kNeuronRows * width, [&](Index channel, F* values) {
+      spread<kNormRows>(plane, rows + kNeuronRows * width, [&](Index channel, F* values) {
         const OneNorm<F> n = norm(channel);
         const F of_norm[] = {n.value.mean, n.value.rest, n.value.inverse, n.value.a,
                              n.value.b,    n.mean_dzx,   n.mean_dz};
@@ -114,22 +115,24 @@ class Given {
       });
     }
   }
-  void fill_gains(Index t, Index plane, Index width, F* row) const {
-    spread<1>(plane, width, row, [&](Index channel, F* value) { *value = gain(t, channel); });
+  void fill_gains(Index t, Index plane, F* row) const {
+    spread<1>(plane, row, [&](Index channel, F* value) { *value = gain(t, channel); });
   }
-  static NeuronRow<F> neurons_of(const F* rows, Index width) {
+  NeuronRow<F> neurons_of(const F* rows) const {
     return {rows, rows + width, rows + 2 * width, rows + 3 * width};
   }
-  static NormRow<F> norms_of(const F* rows, Index width) {
+  NormRow<F> norms_of(const F* rows) const {
     const auto row = [&](Index i) { return rows + (kNeuronRows + i) * width; };
     return {row(0), row(1), row(2), row(3), row(4), row(5), row(6)};
   }
-  static F* gains_of(F* rows, Index width) { return rows + (kRows - 1) * width; }
+  F* gains_of(F* rows) const { return rows + (kRows - 1) * width; }
+
+  const Index width;
 
  private:
   // Rows of what f(channel, values) gives of every channel, over and over to the end of a row.
   template <Index kCount, class Function>
-  void spread(Index plane, Index width, F* rows, Function&& f) const {
+  void spread(Index plane, F* rows, Function&& f) const {
     const Planes& planes = blocks_.planes;
     const Index each = planes.shape.channel_stride, tile = planes.run_width(plane);
     for (Index j = 0; j < planes.channels_of(plane); ++j) {
@@ -160,17 +163,18 @@ class Given {
 template <class F>
 class Local {
  public:
-  // `rows` has Given::kRows rows of `width`; `filled` tells what they are filled for.
-  Local(const Given<F>& given, Index width, F* rows, Index& filled)
-      : given_(given), width_(width), rows_(rows), filled_(filled) {}
+  // `rows` has Given::kRows rows of its width; `filled` tells what they are filled for.
+  Local(const Given<F>& given, F* rows, Index& filled)
+      : given_(given), rows_(rows), filled_(filled) {}
 
   void enter(const Block& block) {
     plane_ = block.plane;
+    first_ = block.inner;
     if (!given_.neurons_differ()) neuron_ = given_.neuron(plane_);
     if (given_.normalises() && !given_.norms_differ()) norm_ = given_.norm(plane_);
     const Index wanted = 2 * plane_ + given_.has_means();
     if ((given_.neurons_differ() || given_.norms_differ()) && filled_ != wanted) {
-      given_.fill(plane_, width_, rows_);
+      given_.fill(plane_, rows_);
       filled_ = wanted;
     }
   }
@@ -178,7 +182,7 @@ class Local {
   template <class Function>
   void visit_neurons(Function&& f) const {
     if (given_.neurons_differ()) {
-      f(Given<F>::neurons_of(rows_, width_));
+      f(given_.neurons_of(rows_ + first_));
     } else {
       f(OneNeuron<F>{neuron_});
     }
@@ -186,7 +190,7 @@ class Local {
   template <class Function>
   void visit_norm(Function&& f) const {
     if (given_.norms_differ()) {
-      f(Given<F>::norms_of(rows_, width_));
+      f(given_.norms_of(rows_ + first_));
     } else {
       f(norm_);
     }
@@ -195,9 +199,9 @@ class Local {
   template <class Function>
   void visit_gain(Index t, Function&& f) const {
     if (given_.norms_differ()) {
-      F* gains = Given<F>::gains_of(rows_, width_);
-      given_.fill_gains(t, plane_, width_, gains);
-      f(static_cast<const F*>(gains));
+      F* gains = given_.gains_of(rows_);
+      given_.fill_gains(t, plane_, gains);
+      f(static_cast<const F*>(gains + first_));
     } else {
       f(Same<F>{given_.gain(t, plane_)});
     }
@@ -205,10 +209,9 @@ class Local {
 
  private:
   const Given<F>& given_;
-  const Index width_;
   F* const rows_;
   Index& filled_;
-  Index plane_ = 0;
+  Index plane_ = 0, first_ = 0;
   Neuron<F> neuron_{};
   OneNorm<F> norm_{};
 };
@@ -252,6 +255,7 @@ class ChannelSums {
         *sum += sum_row(count, columns + first);
         return;
       }
+      sum += block.inner;
       for (const F* from = columns; from != columns + count; from += inners) {
         for (Index i = 0; i < inners; ++i) sum[i] += from[i];
       }
@@ -262,9 +266,9 @@ class ChannelSums {
     const Planes& planes = blocks_.planes;
     const Index plane = channel / planes.channels, within = channel % planes.channels;
     const Index columns = planes.tiles ? planes.shape.channel_stride : 1;
-    const double* from =
-        partial_.data() +
-        (row * blocks_.granules() + plane * blocks_.granules_of_plane) * each_ + within * columns;
+    const double* from = partial_.data() +
+                         (row * blocks_.granules() + plane * blocks_.granules_of_plane) * each_ +
+                         within * columns;
     double sum = 0;
     for (Index g = 0; g < blocks_.granules_of_plane; ++g, from += each_) {
       for (Index i = 0; i < columns; ++i) sum += from[i];

@@ -169,7 +169,9 @@ template <class F, class Storage, class Norms>
 void write_loop(Index n, const Storage* __restrict__ x, const F* dz, F times, const Norms norms,
                 Storage* dx) {
 #pragma GCC ivdep
-  for (Index i = 0; i < n; ++i) store(&dx[i], norms.gradient(i, load(x[i]), dz[i], times));
+  for (Index i = 0; i < n; ++i) {
+    store(&dx[i], norms.gradient(i, norms[i].xhat(load(x[i])), dz[i], times));
+  }
 }
 
 // dy z: what the gain's gradient sums.
@@ -189,8 +191,8 @@ void add_row(Index n, const F* __restrict__ from, F* __restrict__ to) {
 enum SumRow : Index { kFactor, kThreshold, kVReset, kDzX, kDz, kSumRows };
 
 // What a pass over blocks is for. A batch's own mean and deviation take two: `kReduce` finds the
-// sums and leaves dz, which `kFinish` makes dx of; or where nothing can keep dz, `kReduce` again
-// without it, and `kWrite`.
+// sums and leaves dz, which `kFinish` makes dx of; or where nothing can keep dz, `kReduce` without
+// it, and `kWrite`.
 enum Purpose { kReduce, kFinish, kWrite };
 
 template <class F>
@@ -212,7 +214,8 @@ class Backward {
         a_(a),
         blocks_(blocks),
         width_(blocks.width()),
-        scratch_(scratch_rows(a.shape.steps) * width_, threads),
+        scratch_(scratch_rows(a.shape.steps) * width_ + Given<F>::kRows * blocks.given_width(),
+                 threads),
         starts_(2 * width_, threads),
         filled_(threads, -1),
         advance_(settings),
@@ -223,15 +226,16 @@ class Backward {
         growth_(growths<F>(settings, a.grad_penalty ? a.shape.steps : 0)) {}
 
   // Rows of `width` that a thread needs.
-  static Index scratch_rows(Index steps) { return steps + 17 + Given<F>::kRows; }
+  static Index scratch_rows(Index steps) { return steps + 17; }
 
-  // Adds to the sums of `pass`, if any. `kept` has room for the dz of the block; null for that in
-  // the gradient of x itself, or for none.
+  // Adds to the sums of `pass`, if any. A pass that keeps dz does so in the gradient of x itself,
+  // where `kept` is null.
   void run(const Pass<F>& pass, const Block& block, int thread, F* kept) {
     const Runs runs{starts_.of(thread), starts_.of(thread) + width_};
     runs.find(blocks_, block);
-    Memory memory{scratch_.of(thread), width_};
-    Local<F> local(pass.given, width_, memory.take(Given<F>::kRows), filled_[thread]);
+    F* const scratch = scratch_.of(thread);
+    Memory memory{scratch + Given<F>::kRows * pass.given.width, width_};
+    Local<F> local(pass.given, scratch, filled_[thread]);
     local.enter(block);
     if (pass.purpose == kFinish) {
       finish(block, runs, local, memory, kept);
@@ -452,69 +456,62 @@ class Backward {
   const std::vector<F> growth_;
 };
 
-// The dz of blocks, apart from the scratch memory of `Backward`, and how much of it may be kept:
-// beyond what a cache holds it is quicker to find dz again.
+// What a group of planes has of x, at most where it may: the second pass over a group then finds it
+// in cache.
+constexpr Index kGroupBytes = 4 * 1024 * 1024;
+
+// The dz of a group, apart from the scratch memory of `Backward`, and how much of it there may be:
+// beyond what a cache holds it is quicker to find it again.
 template <class F>
 struct Kept {
   F value;
 };
-constexpr std::size_t kMostKept = 16 * 1024 * 1024;
+constexpr Index kMostKept = 16 * 1024 * 1024;
 
 // dx of an input that is normalised by its own statistics: it needs the sums of its channel.
+//
+// Two passes over a group of planes. That a thread takes fewer channels, and keeps dz and xhat of
+// them in its second-level cache, was tried: short runs cost as much as is gained.
 template <class Storage>
 void backward_of_batch(Backward<Storage>& work, const Given<State<Storage>>& given,
                        const LIFSettings& settings, const LIFBackward& a, const Blocks& blocks,
                        int threads, ChannelSums* sums, ChannelSums* gain_sums) {
   using F = State<Storage>;
   const Index channels = a.shape.channels, planes = blocks.planes.count;
-  const double count = static_cast<double>(a.shape.neurons()) *
-                       static_cast<double>(a.shape.steps) / static_cast<double>(channels);
-  std::vector<F> means(2 * channels);
-  const auto find_means = [&](Index plane) {
-    const Index first = blocks.planes.first_channel(plane);
-    for (Index c = first; c < first + blocks.planes.channels_of(plane); ++c) {
-      means[c] = static_cast<F>(sums->total(kDzX, c) / count);
-      means[channels + c] = static_cast<F>(sums->total(kDz, c) / count);
-    }
-  };
+  const Index rows = a.shape.constant ? 1 : a.shape.steps;
+  const Index of_block = rows * blocks.width(), of_plane = blocks.of_plane * of_block;
+  const Index together =
+      std::clamp<Index>(kGroupBytes / (of_plane * static_cast<Index>(sizeof(Storage))), 1, planes);
 
-  // A thread that has whole planes finds them in cache when it comes to them again.
-  const bool whole_planes = threads == 1 || planes >= 2 * threads;
   // In the state's type dz stays where dx will be; half precision needs other memory.
   const bool in_place = std::is_same<F, Storage>::value;
-  const std::size_t of_block = (a.shape.constant ? 1 : a.shape.steps) * blocks.width();
-  const std::size_t of_thread = of_block * blocks.of_plane * (whole_planes ? 1 : planes);
-  const int keepers = whole_planes ? threads : 1;
-  const bool apart = !in_place && of_thread * keepers * sizeof(F) <= kMostKept;
-  const Scratch<Kept<F>> memory(apart ? of_thread : 0, keepers);
+  const bool apart = !in_place && together * of_plane * static_cast<Index>(sizeof(F)) <= kMostKept;
+  const Scratch<Kept<F>> memory(apart ? together * of_plane : 0, 1);
   const bool keeps = in_place || apart;
 
+  const double count = static_cast<double>(a.shape.neurons()) * static_cast<double>(a.shape.steps) /
+                       static_cast<double>(channels);
+  std::vector<F> means(2 * channels);
   const Pass<F> reduce{kReduce, given, keeps, sums, gain_sums};
   const Pass<F> finish{keeps ? kFinish : kWrite,
                        Given<F>(settings, a.shape, a.by_channel, means.data(), blocks), false,
                        nullptr, nullptr};
-  const auto kept = [&](int keeper, Index number) {
-    return apart ? &memory.of(keeper)->value + number * of_block : nullptr;
-  };
-  if (whole_planes) {
-    parallel_for(planes, threads, [&](Index plane, int thread) {
-      const Index first = plane * blocks.of_plane;
-      for (const Pass<F>* pass : {&reduce, &finish}) {
-        if (pass == &finish) find_means(plane);
-        for (Index block = first; block < first + blocks.of_plane; ++block) {
-          work.run(*pass, blocks[block], thread, kept(thread, block - first));
-        }
-      }
-    });
-    return;
-  }
-  for (const Pass<F>* pass : {&reduce, &finish}) {
-    for (Index plane = 0; pass == &finish && plane < planes; ++plane) find_means(plane);
-    parallel_for(blocks.parts(), threads, [&](Index index, int thread) {
-      blocks.for_blocks(index, [&](const Block& block, Index number) {
-        work.run(*pass, block, thread, kept(0, number));
+  for (Index first = 0; first < planes; first += together) {
+    const Index group = std::min(together, planes - first);
+    const auto run = [&](const Pass<F>& pass) {
+      parallel_for(group * blocks.parts_of_plane, threads, [&](Index index, int thread) {
+        blocks.for_blocks(first, group, index, [&](const Block& block, Index number) {
+          work.run(pass, block, thread, apart ? &memory.of(0)->value + number * of_block : nullptr);
+        });
       });
-    });
+    };
+    run(reduce);
+    const Index end = std::min(channels, blocks.planes.first_channel(first + group));
+    for (Index c = blocks.planes.first_channel(first); c < end; ++c) {
+      means[c] = static_cast<F>(sums->total(kDzX, c) / count);
+      means[channels + c] = static_cast<F>(sums->total(kDz, c) / count);
+    }
+    run(finish);
   }
 }
 
@@ -547,10 +544,10 @@ void backward(const LIFSettings& settings, const LIFBackward& a, int threads) {
     backward_of_batch(work, given, settings, a, blocks, threads, of_channels, of_gains);
   } else {
     const Pass<F> pass{kWrite, given, false, of_channels, of_gains};
-    parallel_for(blocks.parts(), threads, [&](Index index, int thread) {
-      blocks.for_blocks(index, [&](const Block& block, Index) {
-        work.run(pass, block, thread, nullptr);
-      });
+    const Index planes = blocks.planes.count;
+    parallel_for(planes * blocks.parts_of_plane, threads, [&](Index index, int thread) {
+      blocks.for_blocks(0, planes, index,
+                        [&](const Block& block, Index) { work.run(pass, block, thread, nullptr); });
     });
   }
   for (Index c = 0; c < channels; ++c) {

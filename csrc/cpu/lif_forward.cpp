@@ -74,17 +74,18 @@ void forward(const LIFSettings& settings, const LIFForward& a, int threads) {
   const bool keeps = sums_potential || windows;
   std::vector<double> partial(a.penalty ? blocks.granules() : 0);
   std::vector<double> counts(a.rate ? threads * steps : 0);
-  const Scratch<F> scratch((6 + Given<F>::kRows) * width, threads);
+  const Scratch<F> scratch(6 * width + Given<F>::kRows * given.width, threads);
   const Scratch<Index> starts(2 * width, threads);
   std::vector<Index> filled(threads, -1);
 
-  parallel_for(blocks.parts(), threads, [&](Index index, int thread) {
+  const Index planes = blocks.planes.count;
+  parallel_for(planes * blocks.parts_of_plane, threads, [&](Index index, int thread) {
     F* v = scratch.of(thread);
     F *x_row = v + width, *h_row = x_row + width, *s_row = h_row + width, *sum = s_row + width;
     F* y_row = sum + width;
-    Local<F> local(given, width, y_row + width, filled[thread]);
+    Local<F> local(given, y_row + width, filled[thread]);
     const Runs runs{starts.of(thread), starts.of(thread) + width};
-    blocks.for_blocks(index, [&](const Block& block, Index) {
+    blocks.for_blocks(0, planes, index, [&](const Block& block, Index) {
       const Index n = block.columns();
       local.enter(block);
       runs.find(blocks, block);

@@ -109,9 +109,9 @@ Index block_width(const LIFShape& shape, Index column_elements, int threads) {
   const Index wanted = shape.steps <= 16 ? 256 : shape.steps <= 256 ? 1024 : 2048;
   const Index fits = kBytes / static_cast<Index>(sizeof(F)) / column_elements;
   const Index shared = ceil_div(shape.neurons(), threads);
-  // A tile's columns are sums of their own, so its blocks depend on the shape alone.
-  const Index width = Planes::are_tiles(shape) ? std::min(wanted, fits)
-                                               : std::min({wanted, fits, shared});
+  // A tile's columns are sums of their own, whose order is that of its blocks: of the shape alone.
+  const Index width =
+      Planes::are_tiles(shape) ? std::min(wanted, fits) : std::min({wanted, fits, shared});
   return std::max<Index>(1, (width + kGranule / 2) / kGranule) * kGranule;
 }
 

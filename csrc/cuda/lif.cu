@@ -506,12 +506,12 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage, kTiles>)
           for (int j = 0; j < kWidth; ++j) {
             const Norm<F>& norm = given.norm[j % kCount];
             if (exists) d_gains[j % kCount] += dy[j] * norm(here[j]);
-            const F dz = gains[j % kCount] * dy[j];
+            const F dz = gains[j % kCount] * dy[j], xhat = norm.xhat(here[j]);
             if (partials.sums && exists) {
-              sums[kDzX][j % kCount] += dz * norm.xhat(here[j]);
+              sums[kDzX][j % kCount] += dz * xhat;
               sums[kDz][j % kCount] += dz;
             }
-            dy[j] = norm.gradient(here[j], dz, mean_dzx[j % kCount], mean_dz[j % kCount]);
+            dy[j] = norm.gradient(xhat, dz, mean_dzx[j % kCount], mean_dz[j % kCount]);
           }
           if (partials.gains) {
             add_gains(walk, a.shape, t, item, own_channel, d_gains, partials.gains);

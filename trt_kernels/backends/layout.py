@@ -150,7 +150,10 @@ def lif_shape(x: Tensor, tensors: LIFTensors, options: LIFOptions) -> LIFShape:
     channels = tensors.channels
     if channels == 1:
         return LIFShape(*sizes, 1, max(1, sizes[0] * sizes[2]))
-    stride = empty_state(x, options).stride(options.channel_dim)
+    dim = options.channel_dim
+    stride = x.stride(dim if options.steps or dim < options.time_dim else dim + 1)
+    if not options.steps and stride > x.stride(options.time_dim):
+        stride //= max(1, x.shape[options.time_dim])
     return LIFShape(*sizes, channels, stride)
 
 
