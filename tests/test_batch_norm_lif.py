@@ -14,10 +14,11 @@ import trt_kernels as tk
 from tests.cases import RESETS, relative_error
 from trt_kernels import ops
 
-# x as [T, B, C, *] or [B, T, C, *]: maps that a vector divides or not, none, and more channels than
-# a tile has.
+# x as [T, B, C, *] or [B, T, C, *]: maps that a vector divides or not, that have rows of their own or
+# share them, none, and more channels than a GPU's tile has.
 LAYOUTS = (
     ((4, 3, 5, 6, 6), 0),
+    ((2, 2, 3, 9, 9), 0),
     ((3, 5, 12, 7), 1),
     ((5, 6, 140), 0),
     ((1, 7, 5, 3, 3), 0),
@@ -101,6 +102,22 @@ def test_matches_the_reference(shape, time_dim, training, gains, backend):
         leaves = leaves_of(x, time_dim, gains)
         options = {"reset": reset, "detach_reset": detach, "scale": 1.3, "time_dim": time_dim}
         compare(leaves, training, 5e-6, surrogate=tk.ATan(), **options)
+
+
+# More columns than a tile has, the last tile narrower; a tile of several blocks; several parts.
+@pytest.mark.parametrize("shape", ((2, 3, 701, 3, 3), (3, 2, 300), (2, 70, 40, 2), (2, 9, 1030, 4)))
+@pytest.mark.parametrize("dtype,bound", ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)))
+def test_many_channels_on_the_cpu(shape, dtype, bound, threads):
+    leaves = leaves_of(make_x(shape, dtype), 0, "channels")
+    results = []
+    for count in (1, 2):
+        threads(count)
+        torch.manual_seed(0)
+        compare(leaves, True, bound, surrogate=tk.ATan())
+        out, grads, _ = run(leaves, True, surrogate=tk.ATan())
+        results.append([out.spikes, out.state, *grads])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("dtype,bound", ((torch.bfloat16, 2e-2), (torch.float16, 1e-2)))
