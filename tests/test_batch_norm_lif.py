@@ -14,8 +14,8 @@ import trt_kernels as tk
 from tests.cases import RESETS, relative_error
 from trt_kernels import ops
 
-# x as [T, B, C, *] or [B, T, C, *]: maps that a vector divides or not, that have rows of their own or
-# share them, none, and more channels than a GPU's tile has.
+# x as [T, B, C, *] or [B, T, C, *]: maps that a vector divides or not, that have rows of their own
+# or share them, none, and more channels than a GPU's tile has.
 LAYOUTS = (
     ((4, 3, 5, 6, 6), 0),
     ((2, 2, 3, 9, 9), 0),

@@ -90,7 +90,8 @@ class LIFFunction(Function):
         grad_weight = grad_bias = grad_gains = None
         if results.affine is not None:
             # The gradient of x̂·scale·weight + bias.
-            grad_weight, grad_bias = results.affine[0] * options.scale, results.affine[1]
+            grad_weight, grad_bias = results.affine.unbind()
+            grad_weight = grad_weight if options.scale == 1 else grad_weight * options.scale
         if results.gains is not None and tensors.gains is not None:
             grad_gains = results.gains
             if tensors.gains.ndim == 1:
