@@ -102,6 +102,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTRT_KERNELS_CUDA_MISSING={missing}",
             f"-DTRT_KERNELS_WITH_CUDA={'ON' if nvcc else 'OFF'}",
+            # One instruction-set level: a third of the build, for who tests installing.
+            f"-DTRT_KERNELS_ONLY_BASELINE={os.environ.get('TRT_KERNELS_ONLY_BASELINE', 'OFF')}",
         ]
         if nvcc:
             configure += [

@@ -136,6 +136,8 @@ def execute(stage: Stage, seconds: float, log: Log) -> Outcome:
         text=True,
         errors="replace",
         start_new_session=True,  # a group of its own, so that its children end with it
+        # A shell's background jobs ignore this signal, and so would the stage.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines: list[str] = []
 

@@ -22,6 +22,11 @@ from trt_kernels.backends import native
 LEVELS = native._C.cpu_levels()
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first: at the end they would leave the other processes idle."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

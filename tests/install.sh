@@ -33,8 +33,8 @@ cd "$work/tree"
 
 echo "== pip install . twice in a row, build isolation on"
 cd "$root" && environment twice && cd "$work/tree"
-TRT_KERNELS_CUDA=0 "$work/twice/bin/pip" install --no-deps -q .
-TRT_KERNELS_CUDA=0 "$work/twice/bin/pip" install --no-deps -q .
+TRT_KERNELS_CUDA=0 TRT_KERNELS_ONLY_BASELINE=ON "$work/twice/bin/pip" install --no-deps -q .
+TRT_KERNELS_CUDA=0 TRT_KERNELS_ONLY_BASELINE=ON "$work/twice/bin/pip" install --no-deps -q .
 use twice
 
 echo "== pip install -e . --no-build-isolation"
@@ -42,7 +42,7 @@ cd "$root" && environment editable && cd "$work/tree"
 # Without isolation the build tools are the user's: cmake and ninja come from .venv, and an old
 # setuptools would need the package wheel.
 "$work/editable/bin/pip" install -q "setuptools>=70.1"
-TRT_KERNELS_CUDA=0 PATH="$root/.venv/bin:$PATH" \
+TRT_KERNELS_CUDA=0 TRT_KERNELS_ONLY_BASELINE=ON PATH="$root/.venv/bin:$PATH" \
   "$work/editable/bin/pip" install --no-deps --no-build-isolation -q -e .
 use editable
 

@@ -263,6 +263,7 @@ def cases_of(names):
     return {case for case in CASES for name in names if name.startswith(f"{case} ")}
 
 
+@pytest.mark.slow
 def test_machine_code_of_sm_90(tmp_path):
     in_own_process("compile_cases", "sm_90", tmp_path)
     kernels = {path.stem: disassemble(path)[0] for path in tmp_path.glob("*.cubin")}
@@ -292,6 +293,7 @@ def test_machine_code_of_sm_90(tmp_path):
         assert "div.rn.f32" in text and "fma.rn.f32" not in text
 
 
+@pytest.mark.slow
 def test_compiles_for_gfx942(tmp_path):
     in_own_process("compile_cases", "gfx942", tmp_path)
     texts = {path.stem: path.read_text() for path in tmp_path.glob("*.amdgcn")}

@@ -115,8 +115,17 @@ class Given {
       });
     }
   }
-  void fill_gains(Index t, Index plane, F* row) const {
-    spread<1>(plane, row, [&](Index channel, F* value) { *value = gain(t, channel); });
+  // Fills a row of the gains of a step, for the columns of a tile's block.
+  void fill_gains(Index t, const Block& block, F* row) const {
+    const Planes& planes = blocks_.planes;
+    const Index each = planes.shape.channel_stride, first = planes.first_channel(block.plane);
+    for (Index i = 0; i < block.inners;) {
+      const Index channel = (block.inner + i) / each;
+      const Index end = std::min(block.inners, (channel + 1) * each - block.inner);
+      std::fill(row + i, row + end, gain(t, first + channel));
+      i = end;
+    }
+    repeat(row, block.inners, block.columns());
   }
   NeuronRow<F> neurons_of(const F* rows) const {
     return {rows, rows + width, rows + 2 * width, rows + 3 * width};
@@ -142,11 +151,11 @@ class Given {
         std::fill_n(rows + row * width + j * each, each, values[row]);
       }
     }
-    for (Index row = 0; row < kCount; ++row) {
-      F* columns = rows + row * width;
-      for (Index i = tile; i < width; i += tile) {
-        std::copy_n(columns, std::min(tile, width - i), columns + i);
-      }
+    for (Index row = 0; row < kCount; ++row) repeat(rows + row * width, tile, width);
+  }
+  static void repeat(F* row, Index period, Index columns) {
+    for (Index i = period; i < columns; i += period) {
+      std::copy_n(row, std::min(period, columns - i), row + i);
     }
   }
 
@@ -168,13 +177,12 @@ class Local {
       : given_(given), rows_(rows), filled_(filled) {}
 
   void enter(const Block& block) {
-    plane_ = block.plane;
-    first_ = block.inner;
-    if (!given_.neurons_differ()) neuron_ = given_.neuron(plane_);
-    if (given_.normalises() && !given_.norms_differ()) norm_ = given_.norm(plane_);
-    const Index wanted = 2 * plane_ + given_.has_means();
+    block_ = block;
+    if (!given_.neurons_differ()) neuron_ = given_.neuron(block.plane);
+    if (given_.normalises() && !given_.norms_differ()) norm_ = given_.norm(block.plane);
+    const Index wanted = 2 * block.plane + given_.has_means();
     if ((given_.neurons_differ() || given_.norms_differ()) && filled_ != wanted) {
-      given_.fill(plane_, rows_);
+      given_.fill(block.plane, rows_);
       filled_ = wanted;
     }
   }
@@ -182,7 +190,7 @@ class Local {
   template <class Function>
   void visit_neurons(Function&& f) const {
     if (given_.neurons_differ()) {
-      f(given_.neurons_of(rows_ + first_));
+      f(given_.neurons_of(rows_ + block_.inner));
     } else {
       f(OneNeuron<F>{neuron_});
     }
@@ -190,7 +198,7 @@ class Local {
   template <class Function>
   void visit_norm(Function&& f) const {
     if (given_.norms_differ()) {
-      f(given_.norms_of(rows_ + first_));
+      f(given_.norms_of(rows_ + block_.inner));
     } else {
       f(norm_);
     }
@@ -200,10 +208,10 @@ class Local {
   void visit_gain(Index t, Function&& f) const {
     if (given_.norms_differ()) {
       F* gains = given_.gains_of(rows_);
-      given_.fill_gains(t, plane_, gains);
-      f(static_cast<const F*>(gains + first_));
+      given_.fill_gains(t, block_, gains);
+      f(static_cast<const F*>(gains));
     } else {
-      f(Same<F>{given_.gain(t, plane_)});
+      f(Same<F>{given_.gain(t, block_.plane)});
     }
   }
 
@@ -211,7 +219,7 @@ class Local {
   const Given<F>& given_;
   F* const rows_;
   Index& filled_;
-  Index plane_ = 0, first_ = 0;
+  Block block_{};
   Neuron<F> neuron_{};
   OneNorm<F> norm_{};
 };
