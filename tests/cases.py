@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import trt_kernels as tk
-from trt_kernels.options import LIFOptions, LossOptions, PenaltyOptions
+from trt_kernels.options import CHARGES, LIFOptions, LossOptions, PenaltyOptions
 
 SURROGATES = (
     tk.Triangle(1.0),
@@ -12,6 +12,7 @@ SURROGATES = (
     tk.ATan(2.0),
     tk.Rectangle(1.0),
     tk.FastSigmoid(25.0),
+    tk.SignedStep(0.5),
 )
 RESETS = ("hard", "soft", "none")
 PHIS = ("square", "trt", "range", "spike")
@@ -65,6 +66,11 @@ LOSS = LossOptions(
     ignore_index=-100,
     backend="cpu",
 )
+
+
+def charges(reset: str) -> list[str]:
+    """Those that go with a reset."""
+    return [charge for charge in CHARGES if reset == "none" or charge != "delayed"]
 
 
 def quantised(shape, scale: float = 1.0, step: float = 0.1) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 import trt_kernels as tk
 from tests import test_gpu
-from tests.cases import quantised, relative_error
+from tests.cases import RESETS, charges, quantised, relative_error
 from tests.test_gpu import DEVICE, DTYPES, equal, leaf, same, tolerance
 from trt_kernels import functional
 
@@ -78,7 +78,11 @@ def cpu_statistics(monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_neurons_by_channel(backend, shape):
-    kinds = itertools.product(("decay", "divide", "leak"), ("hard", "soft", "none"), (False, True))
+    kinds = [
+        (charge, reset, detach)
+        for reset, detach in itertools.product(RESETS, (False, True))
+        for charge in charges(reset)
+    ]
     some = (("leak", "hard", False), ("decay", "soft", False))
     for (charge, reset, detach), x in itertools.product(
         kinds if backend == "cuda" else some, layouts(shape)

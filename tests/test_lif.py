@@ -17,6 +17,7 @@ from tests.cases import (
     SHAPES,
     SURROGATES,
     at_potentials,
+    charges,
     lif_gradients,
     quantised,
     random_grads,
@@ -24,7 +25,6 @@ from tests.cases import (
     without_time,
 )
 from trt_kernels.backends.reference.lif import Fire
-from trt_kernels.options import CHARGES
 
 NEURONS = list(itertools.product(RESETS, (False, True)))  # (reset, detach_reset)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -59,7 +59,8 @@ def compare(inputs, **options):
 @pytest.mark.parametrize("reset,detach_reset", NEURONS)
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: s.name)
 def test_matches_reference_for_every_neuron(reset, detach_reset, surrogate, kernels):
-    for charge, at, phi in itertools.product(CHARGES, (False, True), PHIS):
+    kinds = itertools.product(charges(reset), (False, True))
+    for (charge, at), phi in zip(kinds, itertools.cycle(PHIS)):
         shape, time_dim = ((6, 5, 43), 0)
         compare(
             inputs_of(shape, time_dim),
@@ -283,6 +284,17 @@ def test_only_some_outputs_used(backend):
             grads.append(torch.autograd.grad(getattr(out, name).sum(), (x, v_init)))
         for a, b in zip(*grads, strict=True):
             assert relative_error(a, b) < 2e-6, name
+
+
+def test_v_init_as_a_number(backend):
+    x = quantised((4, 5, 6))
+    for time_dim, shape in ((0, (5, 6)), (1, (4, 6)), (2, (4, 5))):
+        for value in (0.0, -0.4):
+            options = {"time_dim": time_dim, "return_potential": True}
+            ours = tk.lif(x, v_init=value, **options)
+            full = tk.lif(x, v_init=torch.full(shape, value), **options)
+            assert torch.equal(ours.spikes, full.spikes)
+            assert torch.equal(ours.potential, full.potential)
 
 
 def test_only_v_init_needs_a_gradient(backend):
@@ -578,7 +590,9 @@ BITS = {"memory": "bits", "surrogate": tk.Rectangle(1.0), "detach_reset": True}
         (X, {"v_init": torch.zeros(3).double()}, TypeError, "v_init: got dtype torch.float64"),
         (X.half(), {"v_init": torch.zeros(3).half()}, TypeError, "v_init: got dtype"),
         (X, {"v_init": torch.zeros(3, device="meta")}, ValueError, "v_init: got a tensor on meta"),
-        (X, {"v_init": 0.0}, TypeError, "v_init: got float"),
+        (X, {"v_init": "rest"}, TypeError, "v_init: got 'rest'"),
+        (X, {"v_init": 1e39}, ValueError, "v_init: got 1e.39, which is not finite"),
+        (X, {"charge": "delayed"}, ValueError, "reset: got 'hard', but charge 'delayed'"),
         (X, {"penalty": 0.1}, TypeError, "penalty: got float"),
         (X, {"penalty": tk.MembranePenalty("trt", [1.0])}, ValueError, "penalty: .* 1 entries"),
         (X, {"backend": "gpu"}, ValueError, "backend: got 'gpu', needs one of 'cpu'"),

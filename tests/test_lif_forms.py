@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import trt_kernels as tk
-from tests.cases import RESETS, quantised, random_grads, relative_error
+from tests.cases import RESETS, charges, quantised, random_grads, relative_error
 
 KEEPING = ("state", "penalty", "potential", "rate")
 
@@ -72,7 +72,7 @@ def test_constant_current_in_other_layouts(backend):
 
 
 # --- Bits.
-@pytest.mark.parametrize("charge", ("decay", "divide", "leak"))
+@pytest.mark.parametrize("charge", charges("hard"))
 def test_bits_give_the_same_gradients(charge, backend):
     for (reset, detach), (shape, time_dim, channel_dim) in itertools.product(
         (("hard", True), ("soft", False), ("soft", True), ("none", False)),

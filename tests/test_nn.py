@@ -96,6 +96,11 @@ def test_bad_input():
         tk.nn.LIF(tau=2.0)
     with pytest.raises(TypeError, match="stateful: got 1"):
         tk.nn.LIF(stateful=1)
+    layer = tk.nn.LIF(stateful=True, v_init=0.5, return_potential=True, reset="none")
+    x = torch.zeros(1, 3)
+    assert [layer(x).potential[0, 0].item() for _ in range(2)] == [0.25, 0.125]
+    layer.reset()
+    assert layer(x).potential[0, 0].item() == 0.25
     with pytest.raises(ValueError, match="v_init: a stateful layer"):
         tk.nn.LIF(stateful=True, v_init=torch.zeros(3))
     for options, error, message in (

@@ -4,14 +4,14 @@ Start with `lif`, `trt_penalty`, `temporal_loss` and the modules `nn.LIF`, `TRTL
 `report()` says which backend runs and why.
 """
 
-from . import nn
+from . import nn, presets
 from .functional import LIFOutput, batch_norm_lif, lif, temporal_loss, trt_penalty, trt_penalty_
 from .loss import TETLoss, TRTLoss
 from .ops import use_backend
 from .options import MembranePenalty
 from .packing import pack_saved_spikes
 from .report import Report, report
-from .surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, Surrogate, Triangle
+from .surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, SignedStep, Surrogate, Triangle
 
 __all__ = [
     "ATan",
@@ -21,6 +21,7 @@ __all__ = [
     "Rectangle",
     "Report",
     "Sigmoid",
+    "SignedStep",
     "Surrogate",
     "TETLoss",
     "TRTLoss",
@@ -29,6 +30,7 @@ __all__ = [
     "lif",
     "nn",
     "pack_saved_spikes",
+    "presets",
     "report",
     "temporal_loss",
     "trt_penalty",

@@ -102,7 +102,7 @@ def lif(
     fire_at_threshold: bool = False,
     charge: str = "decay",
     steps: int | None = None,
-    v_init: Tensor | None = None,
+    v_init: Tensor | float | None = None,
     time_dim: int = 0,
     channel_dim: int | None = None,
     penalty: MembranePenalty | None = None,
@@ -116,13 +116,19 @@ def lif(
 
     With v_{-1} = v_init, for t = 0..T-1:
 
-        h_t = decay·v_{t-1} + x_t                             charge "decay"; decay 1 is the IF
-        h_t = v_{t-1} / tau + x_t, tau = 1/decay              charge "divide", a true division
-        h_t = v_{t-1} + (x_t - (v_{t-1} - v_reset))·decay     charge "leak", as in PLIF
-        s_t = 1 if h_t > threshold else 0                     (>= with fire_at_threshold)
-        v_t = v_reset where s_t = 1, else h_t                 reset "hard"
-        v_t = h_t - threshold·s_t                             reset "soft"
-        v_t = h_t                                             reset "none"
+        h_t = k·v_{t-1} + x_t                                  charge "decay"; decay 1 is the IF
+        h_t = v_{t-1} + k·(x_t - (v_{t-1} - v_reset))          charge "leak", as in PLIF
+        h_t = v_{t-1} - k·(v_{t-1} - v_reset) + x_t            charge "rest"
+        h_t = v_{t-1} + k·(x_t - v_{t-1})                      charge "box"
+        h_t = k·v_{t-1} + x_t - threshold·[v_{t-1} fires]      charge "delayed", detached; reset "none"
+        s_t = 1 if h_t > threshold else 0                      (>= with fire_at_threshold)
+        v_t = v_reset where s_t = 1, else h_t                  reset "hard"
+        v_t = h_t - threshold·s_t                              reset "soft"
+        v_t = h_t                                              reset "none"
+
+    k is the decay. The charges "divide", "leak_divide" and "rest_divide" are the first three with a
+    true division by tau = 1/decay in the place of k. The order of operations is the one written;
+    `presets` has those of other libraries.
 
     Differentiable in x, v_init, decay, threshold and v_reset, with the surrogate's
     σ'(h - threshold) for the spike's derivative and, unless detach_reset, through the reset. Only x
@@ -132,22 +138,23 @@ def lif(
     Args:
         x: input current, floating [..., T at time_dim, ...], any dense layout (read in place;
             others are copied). float16 and bfloat16 are integrated in float32.
-        decay: membrane decay a step; with the charges "divide" and "leak", 1/tau. This, threshold
-            and v_reset are each a float, or a floating tensor: a scalar, or one value for each of C
-            channels; rounded to the state's dtype, and with a gradient where it requires one. The
-            values of a tensor are not checked.
+        decay: membrane decay a step, or 1/tau, as the charge says. This, threshold and v_reset are
+            each a float, or a floating tensor: a scalar, or one value for each of C channels;
+            rounded to the state's dtype, and with a gradient where it requires one. The values of a
+            tensor are not checked.
         threshold: firing threshold, in the units of x.
         v_reset: potential after a spike under the hard reset.
         reset: "hard", "soft" or "none".
         detach_reset: no gradient through the spike of the reset.
-        surrogate: Triangle, Sigmoid, ATan, Rectangle, FastSigmoid; or any callable that gives σ'(u)
-            elementwise, on backend="reference" only.
+        surrogate: Triangle, Sigmoid, ATan, Rectangle, FastSigmoid, SignedStep; or any callable that
+            gives σ'(u) elementwise, on backend="reference" only.
         fire_at_threshold: fire at h >= threshold instead of h > threshold.
-        charge: "decay", "divide" with tau = 1/decay rounded to the state's dtype, or "leak".
+        charge: "decay", "leak", "rest", "box", "delayed", "divide", "leak_divide", "rest_divide";
+            where it divides, by 1/decay rounded to the state's dtype.
         steps: x has no time and is a constant current over so many steps. It is read once, and its
             gradient is summed over time. Spikes are those of the repeated x, with T at time_dim.
-        v_init: potential before the first step, x's shape without time, float32 (float64 for
-            float64 x); 0 if not given.
+        v_init: potential before the first step: a float, or a tensor of x's shape without time,
+            float32 (float64 for float64 x); 0 if not given.
         time_dim: the dimension of the spikes that is time.
         channel_dim: the dimension of x that tensors of C values belong to.
         penalty: adds the scalar R = Σ_t weight_t · mean φ(h_t) to the result at no memory traffic.
@@ -169,7 +176,8 @@ def lif(
         RuntimeError: a backend that cannot serve, with the reason; double backward.
 
     Source: the TRT paper and its official code (arXiv 2506.19256), with charge "divide" for the
-    latter's v/tau; SpikingJelly for fire_at_threshold, detach_reset and charge "leak".
+    latter's v/tau; SpikingJelly for fire_at_threshold, detach_reset and the charges "leak" and
+    "rest"; snnTorch for "delayed"; Norse for "box".
     """
     settings = (
         decay,
@@ -192,6 +200,8 @@ def lif(
         isinstance(decay, Tensor) or isinstance(threshold, Tensor) or isinstance(v_reset, Tensor)
     )
     options, short = _options(x, penalty, backend, settings, learned)
+    if v_init is not None:
+        v_init = _initial(v_init, x, options)
     if short is not None and v_init is None and x.is_contiguous() and ops.is_plain(x):
         return LIFSpikes.apply(x, short)
     neuron = None
@@ -208,11 +218,9 @@ def _lif(
     surrogate: Any,
     group: Any,
 ) -> Any:
-    """Runs checked options; what is left to check are v_init and the penalty's weight."""
+    """Runs checked options; what is left to check is the penalty's weight."""
     if penalty is not None:
         tensors = tensors._replace(penalty_weight=_penalty_weight(penalty, x, options))
-    if tensors.v_init is not None:
-        _check_v_init(tensors.v_init, x, options)
     state: Tensor | None
     potential: Tensor | None
     value: Tensor | None
@@ -262,7 +270,7 @@ def _with_floats(settings: tuple[Any, ...]) -> tuple[Any, ...]:
 def _neuron(
     x: Tensor, decay: Any, threshold: Any, v_reset: Any, options: LIFOptions, channels: int
 ) -> Tensor:
-    """decay (tau for charge "divide"), threshold and v_reset as [3, C], of at least `channels`."""
+    """decay (tau where the charge divides), threshold and v_reset as [3, C], of at least `channels`."""
     dtype = checks.state_dtype(x.dtype)
     count = None
     if options.channel_dim >= 0:
@@ -272,7 +280,7 @@ def _neuron(
         raise ValueError("memory: 'bits' needs a decay without gradient: it takes the potentials")
     rows = []
     for name, value in (("decay", decay), ("threshold", threshold), ("v_reset", v_reset)):
-        divides = name == "decay" and options.charge == "divide"
+        divides = name == "decay" and options.divides
         if isinstance(value, Tensor):
             row = checks.channels(name, value, count, dtype, x)
             row = 1 / row if divides else row
@@ -307,13 +315,18 @@ def _penalty_weight(penalty: MembranePenalty, x: Tensor, options: LIFOptions) ->
     return weight.to(x.device, checks.state_dtype(x.dtype), non_blocking=True).contiguous()
 
 
-def _check_v_init(v_init: Tensor, x: Tensor, options: LIFOptions) -> None:
-    checks.tensor("v_init", v_init, (checks.state_dtype(x.dtype),))
-    dim = options.time_dim
+def _initial(v_init: Any, x: Tensor, options: LIFOptions) -> Tensor | None:
+    """v_init as a checked tensor; None for zeros."""
+    dtype, dim = checks.state_dtype(x.dtype), options.time_dim
     needed = tuple(x.shape) if options.steps else (*x.shape[:dim], *x.shape[dim + 1 :])
+    if not isinstance(v_init, Tensor):
+        value = checks.neuron_parameter("v_init", v_init, x.dtype)
+        return x.new_full(needed, value, dtype=dtype) if value else None
+    checks.tensor("v_init", v_init, (dtype,))
     if tuple(v_init.shape) != needed:
         raise ValueError(f"v_init: got shape {tuple(v_init.shape)}, needs {needed}")
     checks.same_device("v_init", v_init, "x", x)
+    return v_init
 
 
 def batch_norm_lif(
@@ -448,7 +461,8 @@ def batch_norm_lif(
             raise ValueError("running_mean, running_var: got None, needed where training is False")
         stats = _running_stats(running_mean, running_var, eps, dtype)
     weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
-    tensors = LIFTensors(given["v_init"], None, neuron, stats, weight, bias, gains)
+    v_init = None if given["v_init"] is None else _initial(given["v_init"], x, options)
+    tensors = LIFTensors(v_init, None, neuron, stats, weight, bias, gains)
     return _lif(x, tensors, penalty, options, given["surrogate"], group)
 
 

@@ -28,9 +28,11 @@ class _Neuron(nn.Module):
                 f"{name}: unknown options {sorted(unknown)}; lif takes {sorted(LIF_DEFAULTS)}"
             )
         self.stateful = checks.boolean("stateful", stateful)
-        if stateful and lif_options.get("v_init") is not None:
-            raise ValueError("v_init: a stateful layer starts from its own state; call reset()")
+        if stateful and isinstance(lif_options.get("v_init"), Tensor):
+            raise ValueError("v_init: a stateful layer starts from a float, or from its own state")
         settings = {**LIF_DEFAULTS, **lif_options}
+        if settings["v_init"] is not None and not isinstance(settings["v_init"], Tensor):
+            checks.finite("v_init", settings["v_init"])
         for key in LEARNABLE:
             value = settings[key]
             if isinstance(value, Tensor):
@@ -71,7 +73,9 @@ class _Neuron(nn.Module):
         if not self.stateful:
             return function(*arguments, **options)
         try:
-            out = function(*arguments, **{**options, "v_init": self.state, "return_state": True})
+            if self.state is not None:
+                options = {**options, "v_init": self.state}
+            out = function(*arguments, **{**options, "return_state": True})
         except (TypeError, ValueError) as error:
             if str(error).startswith("v_init:"):
                 raise ValueError(
@@ -86,7 +90,7 @@ class _Neuron(nn.Module):
         return out if kept else out.spikes
 
     def reset(self) -> None:
-        """Forgets the state: the next call starts from a potential of 0."""
+        """Forgets the state: the next call starts from the option v_init, or a potential of 0."""
         self.state = None
 
     def detach(self) -> None:
@@ -131,7 +135,8 @@ class LIF(_Neuron):
     Args:
         stateful: carry the membrane potential from call to call, until `reset()`. The state keeps
             its graph: call `detach()` between calls to train by truncated backpropagation.
-        lif_options: every keyword argument of `lif`; a stateful layer takes no v_init. A Parameter
+        lif_options: every keyword argument of `lif`; a stateful layer starts from a v_init that is a
+            float. A Parameter
             among decay, threshold and v_reset becomes one of the module, under that name, and any
             other tensor a buffer.
 
@@ -156,7 +161,7 @@ class PLIF(_Neuron):
     """A layer of LIF neurons that learn their time constant: 1/τ = sigmoid(w).
 
         h_t = v_{t-1} + (x_t - (v_{t-1} - v_reset))·sigmoid(w)      with decay_input
-        h_t = (1 - sigmoid(w))·v_{t-1} + x_t                        without
+        h_t = v_{t-1} - (v_{t-1} - v_reset)·sigmoid(w) + x_t        without
 
     Args:
         init_tau: τ at the start, > 1.
@@ -197,14 +202,12 @@ class PLIF(_Neuron):
             shape = (channels,)
         if lif_options.get("memory", "recompute") == "bits":
             raise ValueError("memory: 'bits' has no gradient for a decay, which PLIF learns")
-        charge = "leak" if self.decay_input else "decay"
+        charge = "leak" if self.decay_input else "rest"
         self._set_options(stateful, {**lif_options, "charge": charge})
         self.w = nn.Parameter(torch.full(shape, -math.log(init_tau - 1)))
 
     def forward(self, x: Tensor) -> Any:
-        inverse_tau = self.w.sigmoid()
-        decay = inverse_tau if self.decay_input else 1 - inverse_tau
-        return self._run(lif, x, **{**self._options(), "decay": decay})
+        return self._run(lif, x, **{**self._options(), "decay": self.w.sigmoid()})
 
     def extra_repr(self) -> str:
         return f"decay_input={self.decay_input}, {super().extra_repr()}"

@@ -11,7 +11,30 @@ from . import checks
 from .surrogates import WITH_KERNELS
 
 RESETS = ("hard", "soft", "none")
-CHARGES = ("decay", "divide", "leak")
+
+
+class Charge(NamedTuple):
+    """How h comes from v and x, by a factor k: the decay, or 1/tau as a division by tau."""
+
+    form: str  # "plain" kv + x, "leaky" v + k(x - (v - v_reset)), "resting" v - k(v - v_reset) + x,
+    divides: bool  # "boxed" v + k(x - v), "delayed" plain with the reset of the step before
+
+    @property
+    def scales_input(self) -> bool:
+        """By k, so that the gradient of k needs x."""
+        return self.form in ("leaky", "boxed")
+
+
+CHARGES = {
+    "decay": Charge("plain", divides=False),
+    "divide": Charge("plain", divides=True),
+    "leak": Charge("leaky", divides=False),
+    "leak_divide": Charge("leaky", divides=True),
+    "rest": Charge("resting", divides=False),
+    "rest_divide": Charge("resting", divides=True),
+    "box": Charge("boxed", divides=False),
+    "delayed": Charge("delayed", divides=False),
+}
 # The largest δt of a term: one divided by more than 2⁶⁰ is nothing, and its square may overflow.
 LARGEST_EXPONENT = math.log(2.0**60)
 PHIS = ("square", "trt", "range", "spike")
@@ -65,13 +88,18 @@ class LIFOptions(NamedTuple):
     bits: int  # planes of bits that the forward pass writes: none, spikes, and where σ' is not 0
     backend: str
 
+    @property
+    def divides(self) -> bool:
+        """The charge divides by tau."""
+        return CHARGES[self.charge].divides
+
 
 class LIFTensors(NamedTuple):
     """What `lif` reads beside x, in the state dtype; C is 1 where nothing is given by channel."""
 
     v_init: Tensor | None = None  # x's shape without time
     penalty_weight: Tensor | None = None  # [T]
-    neuron: Tensor | None = None  # [3, C]: decay (tau for charge "divide"), threshold, v_reset
+    neuron: Tensor | None = None  # [3, C]: decay (tau where charges divide), threshold, v_reset
     # Batch normalisation of the input: y = gains · ((x - mean)·a + b), a = inverse·scale·weight,
     # b = bias - rest·a, where mean + rest is the mean and inverse 1 / deviation.
     stats: Tensor | None = None  # [4, C]: mean, rest, inverse, unbiased variance (not read here)
@@ -230,9 +258,9 @@ def make_lif_options(
     ) = settings
     checks.choice("memory", memory, MEMORIES)
     decay = checks.neuron_parameter("decay", decay, dtype)
-    charge = checks.choice("charge", charge, CHARGES)
-    if charge == "divide" and decay == 0:
-        raise ValueError("decay: got 0, but charge 'divide' divides by tau = 1 / decay")
+    charge = checks.choice("charge", charge, tuple(CHARGES))
+    if CHARGES[charge].divides and decay == 0:
+        raise ValueError(f"decay: got 0, but charge {charge!r} divides by tau = 1 / decay")
     if type(surrogate) in WITH_KERNELS:
         name, parameter = surrogate.name, surrogate.parameter
     elif callable(surrogate) and not isinstance(surrogate, type):
@@ -251,8 +279,10 @@ def make_lif_options(
     time_dim = checks.dimension("time_dim", time_dim, ndim + (steps > 0))
     reset = checks.choice("reset", reset, RESETS)
     detach_reset = checks.boolean("detach_reset", detach_reset)
+    if charge == "delayed" and reset != "none":
+        raise ValueError(f"reset: got {reset!r}, but charge 'delayed' resets itself: needs 'none'")
     if memory == "bits":
-        _check_bits(name, reset, detach_reset, phi, backend)
+        _check_bits(name, charge, reset, detach_reset, phi, backend)
     return LIFOptions(
         time_dim=time_dim,
         steps=steps,
@@ -291,11 +321,15 @@ def _channel_dim(channel_dim: Any, time_dim: int, steps: int, ndim: int) -> int:
     return dim - (dim > time_dim)
 
 
-def _check_bits(surrogate: str, reset: str, detach_reset: bool, phi: str, backend: str) -> None:
+def _check_bits(
+    surrogate: str, charge: str, reset: str, detach_reset: bool, phi: str, backend: str
+) -> None:
     """Two bits a step are enough only where the backward pass needs no potential."""
     reasons = []
     if surrogate != "rectangle":
         reasons.append(f"surrogate: Rectangle, not {surrogate!r}")
+    if charge == "delayed":
+        reasons.append("a charge other than 'delayed'")
     if reset == "hard" and not detach_reset:
         reasons.append("detach_reset=True under the hard reset")
     if phi not in ("", "spike"):

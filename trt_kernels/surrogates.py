@@ -102,5 +102,17 @@ class FastSigmoid(Surrogate):
         return 1 / (1 + self.slope * u.abs()) ** 2
 
 
+@dataclass(frozen=True)
+class SignedStep(Surrogate):
+    """σ'(u) = height where u < 0, else -height. snnTorch's "triangular"."""
+
+    height: float = 1.0
+    name: ClassVar[str] = "signed_step"
+
+    def __call__(self, u: Tensor) -> Tensor:
+        step = torch.where(u < 0, self.height, -self.height).to(u.dtype)
+        return torch.where(u.isnan(), u, step)
+
+
 # Those that every backend knows; a class derived from one of them is the user's own.
-WITH_KERNELS = (Triangle, Sigmoid, ATan, Rectangle, FastSigmoid)
+WITH_KERNELS = (Triangle, Sigmoid, ATan, Rectangle, FastSigmoid, SignedStep)

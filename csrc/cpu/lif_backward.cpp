@@ -102,16 +102,20 @@ void retreat_row(const LIFSettings& settings, bool detach, Index n, const F* h, 
 }
 
 // From dh, in dv, to dx and to what leaves to the step before; `v` is the potential before the step
-// and y its input, read where the gradient of the decay is wanted.
+// and y its input, read where the gradient of the decay is wanted, or of what a delayed reset uses.
 template <class F, class Neurons>
 void leave_row(const LIFSettings& settings, Index n, const F* __restrict__ v,
                const F* __restrict__ y, F* __restrict__ dv, F* __restrict__ dx,
-               F* __restrict__ d_factor, F* __restrict__ d_v_reset, const Neurons& neurons) {
+               F* __restrict__ d_factor, F* __restrict__ d_threshold, F* __restrict__ d_v_reset,
+               const Neurons& neurons) {
   visit_kind(Charges(), settings.charge, [&](auto charge) {
     using Charge = decltype(charge);
     if (d_factor) {
       for (Index i = 0; i < n; ++i) {
         d_factor[i] += dv[i] * Charge::factor_slope(v[i], y[i], neurons[i]);
+      }
+      if (Charge::Form::delays_reset) {
+        for (Index i = 0; i < n; ++i) d_threshold[i] -= fires(v[i], neurons[i]) ? dv[i] : F(0);
       }
     }
     if (d_v_reset) {
@@ -399,7 +403,7 @@ class Backward {
             y = input(t);
           }
           leave_row(settings_, n, v_row, y, dv, dx, y ? sum_rows[kFactor] : nullptr,
-                    sum_rows[kVReset], neurons);
+                    sum_rows[kThreshold], sum_rows[kVReset], neurons);
         });
       }
       if (normalised) {

@@ -91,10 +91,24 @@ __device__ __forceinline__ void reset_after(const Rules<F>& rules, const Given<F
 template <class F, int kWidth, int kCount>
 __device__ __forceinline__ void advance(const Rules<F>& rules, const Given<F, kCount>& given,
                                         F (&y)[kWidth], F (&v)[kWidth]) {
-  visit_kind(Charges(), rules.charge, [&](auto charge) {
+  F scaled[kWidth];
+  visit_kind(Forms(), rules.form, [&](auto form) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      y[j] = decltype(charge)::charge(v[j], y[j], given.neuron[j % kCount]);
+      scaled[j] = decltype(form)::part(v[j], y[j], given.neuron[j % kCount]);
+    }
+  });
+  if (rules.divides) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) scaled[j] = scaled[j] / given.neuron[j % kCount].tau;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) scaled[j] = given.neuron[j % kCount].decay * scaled[j];
+  }
+  visit_kind(Forms(), rules.form, [&](auto form) {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      y[j] = decltype(form)::join(scaled[j], v[j], y[j], given.neuron[j % kCount]);
     }
   });
   reset_after(rules, given, y, v);
@@ -412,7 +426,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage, kTiles>)
       const auto step = [&](int i, Index index, const Elements& grad_spikes) {
         const int t = end - 1 - i;
         F here[kWidth] = {};  // x again, which is still in a cache
-        if (normalised || (partials.sums && !bits && rules.decay_weighs_input)) {
+        if (normalised || (partials.sums && !bits && rules.scales_input)) {
           if (a.shape.constant) {
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) here[j] = current[j];
@@ -472,7 +486,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage, kTiles>)
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) input[j] = here[j];
         if (partials.sums && !bits) {
-          if (rules.decay_weighs_input) normalise(a.shape, a.by_channel, given, t, channel, input);
+          if (rules.scales_input) normalise(a.shape, a.by_channel, given, t, channel, input);
           if (t > begin) {
             F earlier[kWidth];
             parked.get(t - 1 - begin, earlier);
@@ -483,20 +497,24 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage, kTiles>)
           }
         }
         F dy[kWidth];
-        visit_kind(Charges(), rules.charge, [&](auto charge) {
-          using Charge = decltype(charge);
+        visit_kind(Forms(), rules.form, [&](auto form) {
+          using Form = decltype(form);
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) {
             const Neuron<F>& neuron = given.neuron[j % kCount];
+            const F k = factor_of(rules.divides, neuron);
             if (partials.sums && exists) {
               if (!bits) {
                 sums[kFactor][j % kCount] +=
-                    dv[j] * Charge::factor_slope(before[j], input[j], neuron);
+                    dv[j] * factor_slope_of<Form>(rules.divides, k, before[j], input[j], neuron);
+                if (Form::delays_reset && fires(before[j], neuron)) {
+                  sums[kThreshold][j % kCount] -= dv[j];
+                }
               }
-              sums[kVReset][j % kCount] += dv[j] * Charge::reset_slope(neuron);
+              sums[kVReset][j % kCount] += dv[j] * reset_slope_of<Form>(k);
             }
-            dy[j] = Charge::input_slope(neuron) * dv[j];
-            dv[j] = Charge::slope(neuron) * dv[j];
+            dy[j] = input_slope_of<Form>(k) * dv[j];
+            dv[j] = slope_of<Form>(k) * dv[j];
           }
         });
         if (normalised) {

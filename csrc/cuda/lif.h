@@ -32,24 +32,35 @@ constexpr int kSharedBytes = 48 * 1024;
 template <class F>
 struct Rules {
   Neuron<F> neuron;
-  int charge, reset, surrogate;
+  int form;  // of the charge, in `Forms`
+  int reset, surrogate;
   int potential;  // phi in `Potentials`, -1 for the spike
   bool detach_reset;
   bool fire_at_threshold;
-  bool decay_weighs_input;  // so that its gradient needs x
+  bool divides;         // by tau
+  bool scales_input;    // so that the gradient of its factor needs x
   F surrogate_parameter, eps, scale;
 };
 
 template <class F>
 Rules<F> make_rules(const LIFSettings& s) {
+  int form = 0;
+  bool divides = false, scales_input = false;
+  visit_kind(Charges(), s.charge, [&](auto charge) {
+    using Form = typename decltype(charge)::Form;
+    form = position_of(Forms(), Form());
+    divides = charge.divides;
+    scales_input = Form::part_x != 0;
+  });
   return {make_neuron<F>(s),
-          s.charge,
+          form,
           s.reset,
           s.surrogate,
           s.potential,
           s.detach_reset,
           s.fire_at_threshold,
-          s.charge == find_kind(Charges(), Leak::name),
+          divides,
+          scales_input,
           static_cast<F>(s.surrogate_parameter),
           static_cast<F>(s.eps),
           static_cast<F>(s.scale)};

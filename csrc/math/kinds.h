@@ -17,6 +17,16 @@ int find_kind(KindList<First, Rest...>, const char* name, int position = 0) {
                                              : find_kind(KindList<Rest...>(), name, position + 1);
 }
 
+// Position of a type in a list.
+template <class Kind, class... Rest>
+constexpr int position_of(KindList<Kind, Rest...>, Kind) {
+  return 0;
+}
+template <class First, class... Rest, class Kind>
+constexpr int position_of(KindList<First, Rest...>, Kind) {
+  return 1 + position_of(KindList<Rest...>(), Kind());
+}
+
 // Calls f(Kind()) for the kind at `position`: a uniform branch outside the loops.
 template <class Last, class Function>
 TRT_HD void visit_kind(KindList<Last>, int, Function&& f) {

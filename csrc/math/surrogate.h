@@ -58,7 +58,17 @@ struct FastSigmoid {
   }
 };
 
-using Surrogates = KindList<Triangle, Sigmoid, ATan, Rectangle, FastSigmoid>;
+struct SignedStep {
+  static constexpr const char* name = "signed_step";
+  // height where u < 0, else -height
+  template <class F>
+  TRT_HD static F derivative(F u, F height) {
+    const F step = u < F(0) ? height : -height;
+    return u == u ? step : u;
+  }
+};
+
+using Surrogates = KindList<Triangle, Sigmoid, ATan, Rectangle, FastSigmoid, SignedStep>;
 
 }  // namespace TRT_ISA
 }  // namespace trt

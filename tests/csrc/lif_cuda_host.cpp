@@ -9,9 +9,11 @@ namespace {
 
 using namespace trt;
 
-const char* const kCharges[] = {"decay", "divide", "leak"};
+const char* const kCharges[] = {"decay", "divide",      "leak", "leak_divide",
+                                 "rest",  "rest_divide", "box",  "delayed"};
 const char* const kResets[] = {"hard", "soft", "none"};
-const char* const kSurrogates[] = {"triangle", "sigmoid", "atan", "rectangle", "fast_sigmoid"};
+const char* const kSurrogates[] = {"triangle",  "sigmoid",      "atan",
+                                   "rectangle", "fast_sigmoid", "signed_step"};
 const char* const kPhis[] = {"", "square", "trt", "range", "spike"};
 const int kSteps[] = {0, 1, 2, 6, 16, 17, 33, 50};
 const int kInner[] = {1, 3, 7, 8, 64, 130};
@@ -116,7 +118,8 @@ class Comparison {
       return to;
     };
     const std::int64_t count = channels();
-    const bool divides = settings().charge == find_kind(Charges(), Divide::name);
+    bool divides = false;
+    visit_kind(Charges(), settings().charge, [&](auto charge) { divides = charge.divides; });
     if (c_.neuron) neuron_ = table(count, {divides ? 1.0 : 0.25, 0.75, -0.5}, 0.75);
     if (!c_.stats) return;
     stats_ = table(count, {-0.5, 0.01, 0.5, 1.0}, 1.0);
@@ -376,11 +379,9 @@ int main() {
     for (const char* charge : kCharges) {
       for (const char* reset : kResets) {
         for (const char* surrogate : kSurrogates) {
-          for (const char* phi : kPhis) {
-            for (int flags = 0; flags < 4; ++flags) {
-              compare(dtype, charge, reset, flags & 1, surrogate, phi, flags & 2, any_of(kOuter),
-                      any_of(kSteps), any_of(kInner));
-            }
+          for (int flags = 0; flags < 4; ++flags) {
+            compare(dtype, charge, reset, flags & 1, surrogate, any_of(kPhis), flags & 2,
+                    any_of(kOuter), any_of(kSteps), any_of(kInner));
           }
         }
       }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...checks import single_backward, state_dtype
-from ...options import LIFOptions, LIFResults, LIFTensors
+from ...options import CHARGES, LIFOptions, LIFResults, LIFTensors
 from .. import layout
 
 
@@ -82,14 +82,29 @@ def by_channel(values: Tensor, ndim: int, channel_dim: int) -> Tensor:
 
 
 def charged(
-    v: Tensor, x: Tensor, factor: Tensor | float, v_reset: Tensor | float, charge: str
+    v: Tensor,
+    x: Tensor,
+    factor: Tensor | float,
+    threshold: Tensor | float,
+    v_reset: Tensor | float,
+    options: LIFOptions,
 ) -> Tensor:
-    """h_t; `factor` is the decay, or tau for "divide"."""
-    if charge == "divide":
-        return v / factor + x
-    if charge == "leak":
-        return v + (x - (v - v_reset)) * factor
-    return factor * v + x
+    """h_t; `factor` is the decay, or tau where the charge divides."""
+    form, divides = CHARGES[options.charge]
+
+    def scaled(part: Tensor) -> Tensor:
+        return part / factor if divides else part * factor
+
+    if form == "leaky":
+        return v + scaled(x - (v - v_reset))
+    if form == "resting":
+        return v - scaled(v - v_reset) + x
+    if form == "boxed":
+        return v + scaled(x - v)
+    if form == "delayed":
+        fired = v >= threshold if options.fire_at_threshold else v > threshold
+        return scaled(v) + x - torch.where(fired, threshold, 0)
+    return scaled(v) + x
 
 
 def lif(
@@ -119,13 +134,13 @@ def lif(
     v_reset: Tensor | float = options.v_reset
     if tensors.neuron is not None:
         factor, threshold, v_reset = map(place, tensors.neuron)
-    elif options.charge == "divide":
+    elif options.divides:
         # A tensor: some devices divide by a Python number as a product with its reciprocal.
         factor = torch.full((), 1 / (options.decay or 1), dtype=dtype, device=x.device)
     spikes, potentials, rates = [], [], []
     for t, x_t in enumerate(x.to(dtype).unbind(time_dim)):
         y = normalised(x_t, t, tensors, options.scale, place)
-        h = charged(v, y, factor, v_reset, options.charge)
+        h = charged(v, y, factor, threshold, v_reset, options)
         s = Fire.apply(h, threshold, options.fire_at_threshold, surrogate)
         through = s.detach() if options.detach_reset else s
         if options.reset == "hard":

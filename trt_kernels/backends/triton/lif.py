@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...options import (
+    CHARGES,
     LARGEST_EXPONENT,
     LIFGradients,
     LIFGrads,
@@ -44,7 +45,14 @@ from .channels import (
     sum_mapping,
 )
 from .launch import block_size, scalar, state_type, stored, sum_partials, warp_size
-from .neuron import after_reset, charged, fires, potential_gradient, spike_gradient
+from .neuron import (
+    after_reset,
+    charged,
+    fires,
+    part_of_charge,
+    potential_gradient,
+    spike_gradient,
+)
 from .regularizer import phi_derivative, phi_value
 from .spike_pack import packed, unpacked
 from .surrogate import surrogate_derivative
@@ -187,7 +195,8 @@ def forward_segment(
     x, gains, weight, growth, spikes, potential, counts, bits = tensors
     _, exists, start, stride, _, _, _, _ = place
     factor, threshold, v_reset, eps, surrogate_parameter = rules
-    CHARGE: tl.constexpr = KINDS[0]
+    FORM: tl.constexpr = KINDS[0]
+    DIVIDES: tl.constexpr = KINDS[12]
     RESET: tl.constexpr = KINDS[1]
     AT_THRESHOLD: tl.constexpr = KINDS[2]
     PHI: tl.constexpr = KINDS[3]
@@ -207,7 +216,7 @@ def forward_segment(
         t = first + i
         index = start + t * stride
         y = current(xs[i], t, norm, gains, place, v.dtype, KINDS)
-        h = charged(v, y, factor, v_reset, CHARGE)
+        h = charged(v, y, factor, threshold, v_reset, FORM, DIVIDES, AT_THRESHOLD)
         s = fires(h, threshold, AT_THRESHOLD)
         v = after_reset(h, s, threshold, v_reset, RESET)
         tl.store(spikes + index, tl.where(s, 1.0, 0.0).to(spikes.dtype.element_ty), mask=exists)
@@ -366,9 +375,11 @@ def backward_segment(
     x, gains, weight, growth, bits, _, grad_potential, grad_x = tensors
     to_neuron, to_affine, to_gains = partials
     _, exists, start, stride, _, channels, _, steps = place
-    factor, threshold, v_reset, slope, eps, surrogate_parameter = rules
+    factor, threshold, v_reset, k, eps, surrogate_parameter = rules
     sum_x, sum_factor, sum_threshold, sum_reset, sum_weight, sum_bias = sums
-    CHARGE: tl.constexpr = KINDS[0]
+    FORM: tl.constexpr = KINDS[0]
+    DIVIDES: tl.constexpr = KINDS[12]
+    INPUT_TOO: tl.constexpr = KINDS[13]
     RESET: tl.constexpr = KINDS[1]
     AT_THRESHOLD: tl.constexpr = KINDS[2]
     PHI: tl.constexpr = KINDS[3]
@@ -393,7 +404,7 @@ def backward_segment(
     for i in tl.static_range(COUNT):
         if bits is None:
             y = current(xs[i], first + i, norm, gains, place, v.dtype, KINDS)
-            h = charged(v, y, factor, v_reset, CHARGE)
+            h = charged(v, y, factor, threshold, v_reset, FORM, DIVIDES, AT_THRESHOLD)
             v = after_reset(h, fires(h, threshold, AT_THRESHOLD), threshold, v_reset, RESET)
             hs += (h,)
         else:
@@ -425,9 +436,7 @@ def backward_segment(
         if weight is not None and PHI != "spike":
             growth_here = read_number(growth, t, dv.dtype)
             dh += scale_here * phi_derivative(h, growth_here, eps, PHI)
-        dy = dh
-        if CHARGE == "leak":
-            dy = dh * factor
+        dy = dh * k if INPUT_TOO else dh
         if to_neuron is not None:
             to_reset = tl.where(s, dv, 0.0)
             sum_threshold -= through
@@ -435,19 +444,22 @@ def backward_segment(
                 sum_threshold -= to_reset
             if RESET == "hard":
                 sum_reset += to_reset
-            if CHARGE == "leak":
-                sum_reset += dy
+            if FORM == "leaky" or FORM == "resting":
+                sum_reset += dh * k
             if bits is None:
                 earlier = before
                 if COUNT - 1 - i > 0:
                     h_before = hs[COUNT - 2 - i]
                     s_before = fires(h_before, threshold, AT_THRESHOLD)
                     earlier = after_reset(h_before, s_before, threshold, v_reset, RESET)
-                if CHARGE == "leak":
+                y = earlier
+                if INPUT_TOO:
                     y = current(again, t, norm, gains, place, dv.dtype, KINDS)
-                    sum_factor += dh * (y - (earlier - v_reset))
-                else:
-                    sum_factor += dh * earlier
+                part = dh * part_of_charge(earlier, y, v_reset, FORM)
+                sum_factor += -part if FORM == "resting" else part
+                if FORM == "delayed":
+                    late = fires(earlier, threshold, AT_THRESHOLD)
+                    sum_threshold -= tl.where(late, dh, 0.0)
         dz = dy
         if gains is not None:
             dz = dy * gain_of(gains, t, place, KINDS)
@@ -467,7 +479,7 @@ def backward_segment(
                         dx -= means[1] + deviation(again.to(dv.dtype), norm) * means[0]
                     dx *= norm[1]
                 tl.store(grad_x + index, stored(dx, grad_x.dtype.element_ty), mask=exists)
-        dv = slope * dh
+        dv = dh * k if FORM == "plain" or FORM == "delayed" else dh * (1.0 - k)
     return dv, (sum_x, sum_factor, sum_threshold, sum_reset, sum_weight, sum_bias)
 
 
@@ -507,7 +519,7 @@ def backward_kernel(
     channels,
     channel_stride,
     factor: tl.float64,
-    slope: tl.float64,
+    k: tl.float64,
     threshold: tl.float64,
     v_reset: tl.float64,
     eps: tl.float64,
@@ -526,7 +538,8 @@ def backward_kernel(
     The last three tensors have a row of sums by channel a chunk: [chunks, 3, channels],
     [chunks, 2, channels] and [chunks, steps, channels].
     """
-    CHARGE: tl.constexpr = KINDS[0]
+    FORM: tl.constexpr = KINDS[0]
+    DIVIDES: tl.constexpr = KINDS[12]
     CONSTANT: tl.constexpr = KINDS[6]
     MAP: tl.constexpr = KINDS[9]
     TILE: tl.constexpr = KINDS[10]
@@ -537,18 +550,14 @@ def backward_kernel(
     neuron, exists, _, _, channel, _, _, _ = place
     factor, threshold, v_reset = neuron_rules(values, factor, threshold, v_reset, place, STATE, MAP)
     if values is None:
-        slope = scalar(slope, STATE)
-    elif CHARGE == "divide":
-        slope = 1.0 / factor
-    elif CHARGE == "leak":
-        slope = 1.0 - factor
+        k = scalar(k, STATE)
     else:
-        slope = factor
+        k = 1.0 / factor if DIVIDES else factor
     rules = (
         factor,
         threshold,
         v_reset,
-        slope,
+        k,
         scalar(eps, STATE),
         scalar(surrogate_parameter, STATE),
     )
@@ -625,8 +634,8 @@ def backward_kernel(
             sum_x *= norm[1]
         tl.store(grad_x + neuron, stored(sum_x, grad_x.dtype.element_ty), mask=exists)
     if to_neuron is not None:
-        if CHARGE == "divide":
-            sum_factor *= -(slope * slope)
+        if DIVIDES:
+            sum_factor *= -(k * k)
         store_sum(to_neuron, 0, 3, sum_factor, exists, channels, MAP, TILE)
         store_sum(to_neuron, 1, 3, sum_threshold, exists, channels, MAP, TILE)
         store_sum(to_neuron, 2, 3, sum_reset, exists, channels, MAP, TILE)
@@ -659,8 +668,7 @@ class Launch:
         self.inner = self.neurons if steps == 1 else inner
         self.segments, last = divmod(steps - 1, CHECKPOINT_EVERY)
         self.steps, self.last = steps, last + 1
-        divides = options.charge == "divide"
-        self.factor = 1 / options.decay if divides else options.decay
+        self.factor = 1 / options.decay if options.divides else options.decay
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -678,7 +686,7 @@ class Launch:
         return {
             "STATE": state_type(self.x.dtype),
             "KINDS": (
-                options.charge,
+                CHARGES[options.charge].form,
                 options.reset,
                 options.fire_at_threshold,
                 options.phi,
@@ -690,6 +698,8 @@ class Launch:
                 mapping.name,
                 mapping.tile,
                 reads_x_again,
+                options.divides,
+                CHARGES[options.charge].scales_input,
             ),
             "LONG": self.segments > 0,
             "LAST": self.last,
@@ -844,13 +854,8 @@ def run_backward(
         means is not None
         or results.affine is not None
         or results.gains is not None
-        or (results.neuron is not None and options.charge == "leak")
+        or (results.neuron is not None and CHARGES[options.charge].scales_input)
     )
-    slope = launch.factor
-    if options.charge == "divide":
-        slope = 1 / launch.factor
-    elif options.charge == "leak":
-        slope = 1 - launch.factor
     backward_kernel[(mapping.programs,)](
         x,
         v_init,
@@ -873,7 +878,7 @@ def run_backward(
         *partials,
         *launch.sizes,
         launch.factor,
-        slope,
+        options.decay,
         options.threshold,
         options.v_reset,
         options.eps,

@@ -10,22 +10,52 @@ import triton.language as tl
 
 
 @triton.jit
-def charged(v, x, factor, v_reset, CHARGE: tl.constexpr):
-    """h; `factor` is the decay, or tau for "divide"."""
-    if CHARGE == "decay":
-        h = factor * v + x
-    elif CHARGE == "leak":
-        h = v + (x - (v - v_reset)) * factor
-    else:
-        tl.static_assert(CHARGE == "divide", "unknown charge")
-        # Triton's / is approximate in float32, and its div_rn knows float32 alone.
-        h = (v / factor if v.dtype == tl.float64 else tl.div_rn(v, factor)) + x
-    return h
+def fires(h, threshold, AT_THRESHOLD: tl.constexpr):
+    return h >= threshold if AT_THRESHOLD else h > threshold
 
 
 @triton.jit
-def fires(h, threshold, AT_THRESHOLD: tl.constexpr):
-    return h >= threshold if AT_THRESHOLD else h > threshold
+def part_of_charge(v, x, v_reset, FORM: tl.constexpr):
+    """What the factor k of the charge multiplies."""
+    if FORM == "leaky":
+        part = x - (v - v_reset)
+    elif FORM == "resting":
+        part = v - v_reset
+    elif FORM == "boxed":
+        part = x - v
+    else:
+        part = v
+    return part
+
+
+@triton.jit
+def charged(
+    v,
+    x,
+    factor,
+    threshold,
+    v_reset,
+    FORM: tl.constexpr,
+    DIVIDES: tl.constexpr,
+    AT_THRESHOLD: tl.constexpr,
+):
+    """h; `factor` is the decay, or tau where DIVIDES."""
+    part = part_of_charge(v, x, v_reset, FORM)
+    if DIVIDES:
+        # Triton's / is approximate in float32, and its div_rn knows float32 alone.
+        part = part / factor if v.dtype == tl.float64 else tl.div_rn(part, factor)
+    else:
+        part = factor * part
+    if FORM == "leaky" or FORM == "boxed":
+        h = v + part
+    elif FORM == "resting":
+        h = v - part + x
+    elif FORM == "delayed":
+        h = part + x - tl.where(fires(v, threshold, AT_THRESHOLD), threshold, 0.0)
+    else:
+        tl.static_assert(FORM == "plain", "unknown charge")
+        h = part + x
+    return h
 
 
 @triton.jit

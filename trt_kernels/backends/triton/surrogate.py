@@ -23,6 +23,9 @@ def surrogate_derivative(u, parameter, NAME: tl.constexpr):
     elif NAME == "rectangle":
         inside = tl.where(size < 0.5 * parameter, 1.0 / parameter, 0.0)
         slope = tl.where(u == u, inside, u)
+    elif NAME == "signed_step":
+        step = tl.where(u < 0, parameter, -parameter)
+        slope = tl.where(u == u, step, u)
     else:
         tl.static_assert(NAME == "fast_sigmoid", "unknown surrogate")
         d = 1.0 + parameter * size

@@ -1,0 +1,1 @@
+"""Stand-ins for code that other people published, under its own names."""
