@@ -93,3 +93,17 @@ def TET_Loss(outputs, labels, criterion, means, lamb):
         loss = loss + criterion(outputs[:, t], labels)
     squares = nn.functional.mse_loss(outputs, torch.full_like(outputs, means)) if lamb else 0
     return (1 - lamb) * loss / steps + lamb * squares
+
+
+class SeqToANNContainer(nn.Module):
+    """Layers without time on [B, T, *]."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.module = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+
+    def forward(self, x):
+        y = self.module(x.flatten(0, 1).contiguous())
+        shape = [x.shape[0], x.shape[1]]
+        shape.extend(y.shape[1:])
+        return y.view(shape)

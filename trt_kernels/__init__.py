@@ -5,6 +5,7 @@ Start with `lif`, `trt_penalty`, `temporal_loss` and the modules `nn.LIF`, `TRTL
 """
 
 from . import nn, presets
+from .acceleration import AccelerationReport, accelerate, restore
 from .functional import LIFOutput, batch_norm_lif, lif, temporal_loss, trt_penalty, trt_penalty_
 from .loss import TETLoss, TRTLoss
 from .ops import use_backend
@@ -15,6 +16,7 @@ from .surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, SignedStep, Surro
 
 __all__ = [
     "ATan",
+    "AccelerationReport",
     "FastSigmoid",
     "LIFOutput",
     "MembranePenalty",
@@ -26,12 +28,14 @@ __all__ = [
     "TETLoss",
     "TRTLoss",
     "Triangle",
+    "accelerate",
     "batch_norm_lif",
     "lif",
     "nn",
     "pack_saved_spikes",
     "presets",
     "report",
+    "restore",
     "temporal_loss",
     "trt_penalty",
     "trt_penalty_",

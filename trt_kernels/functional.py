@@ -120,15 +120,16 @@ def lif(
         h_t = v_{t-1} + k·(x_t - (v_{t-1} - v_reset))          charge "leak", as in PLIF
         h_t = v_{t-1} - k·(v_{t-1} - v_reset) + x_t            charge "rest"
         h_t = v_{t-1} + k·(x_t - v_{t-1})                      charge "box"
-        h_t = k·v_{t-1} + x_t - threshold·[v_{t-1} fires]      charge "delayed", detached; reset "none"
+        h_t = k·v_{t-1} + x_t - threshold·[v_{t-1} fires]      charge "delayed"
         s_t = 1 if h_t > threshold else 0                      (>= with fire_at_threshold)
         v_t = v_reset where s_t = 1, else h_t                  reset "hard"
         v_t = h_t - threshold·s_t                              reset "soft"
         v_t = h_t                                              reset "none"
 
-    k is the decay. The charges "divide", "leak_divide" and "rest_divide" are the first three with a
-    true division by tau = 1/decay in the place of k. The order of operations is the one written;
-    `presets` has those of other libraries.
+    k is the decay. "delayed" resets at the next step, without a gradient through the spike: it goes
+    with reset "none". The charges "divide", "leak_divide" and "rest_divide" are the first three
+    with a true division by tau = 1/decay in the place of k. The order of operations is the one
+    written; `presets` has those of other libraries.
 
     Differentiable in x, v_init, decay, threshold and v_reset, with the surrogate's
     σ'(h - threshold) for the spike's derivative and, unless detach_reset, through the reset. Only x
@@ -270,7 +271,7 @@ def _with_floats(settings: tuple[Any, ...]) -> tuple[Any, ...]:
 def _neuron(
     x: Tensor, decay: Any, threshold: Any, v_reset: Any, options: LIFOptions, channels: int
 ) -> Tensor:
-    """decay (tau where the charge divides), threshold and v_reset as [3, C], of at least `channels`."""
+    """decay (or tau, to divide by), threshold and v_reset as [3, C], of at least `channels`."""
     dtype = checks.state_dtype(x.dtype)
     count = None
     if options.channel_dim >= 0:

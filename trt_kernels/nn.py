@@ -135,10 +135,9 @@ class LIF(_Neuron):
     Args:
         stateful: carry the membrane potential from call to call, until `reset()`. The state keeps
             its graph: call `detach()` between calls to train by truncated backpropagation.
-        lif_options: every keyword argument of `lif`; a stateful layer starts from a v_init that is a
-            float. A Parameter
-            among decay, threshold and v_reset becomes one of the module, under that name, and any
-            other tensor a buffer.
+        lif_options: every keyword argument of `lif`; the v_init of a stateful layer is a float. A
+            Parameter among decay, threshold and v_reset becomes one of the module, under that name,
+            and any other tensor a buffer.
 
     Forward: x -> spikes, or a `LIFOutput` if the options ask for an extra; differentiable in x and
     in the parameters. The state is not part of the state_dict.
@@ -213,6 +212,27 @@ class PLIF(_Neuron):
         return f"decay_input={self.decay_input}, {super().extra_repr()}"
 
 
+def batch_norm_arguments(norm: Any) -> tuple[Any, ...]:
+    """What `batch_norm_lif` takes after x, of a module like torch's BatchNorm, at a call."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    training = norm.training or norm.running_mean is None
+    updates = norm.training and norm.track_running_stats
+    if updates and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the average over all batches
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    running = not training or updates
+    return (
+        norm.running_mean if running else None,
+        norm.running_var if running else None,
+        norm.weight,
+        norm.bias,
+        training,
+        momentum,
+        norm.eps,
+    )
+
+
 class BatchNormLIF(_Neuron, _NormBase):
     """Batch normalisation and LIF neurons in one operator; see `batch_norm_lif`.
 
@@ -276,24 +296,11 @@ class BatchNormLIF(_Neuron, _NormBase):
             raise ValueError("gains_by_channel: needs gain_steps")
 
     def forward(self, x: Tensor) -> Any:
-        momentum = 0.0 if self.momentum is None else self.momentum
-        training = self.training or self.running_mean is None
-        updates = self.training and self.track_running_stats
-        if updates and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the average over all batches
-                momentum = 1.0 / float(self.num_batches_tracked)
         options = self._options()
         return self._run(
             batch_norm_lif,
             x,
-            self.running_mean if not training or updates else None,
-            self.running_var if not training or updates else None,
-            self.weight,
-            self.bias,
-            training,
-            momentum,
-            self.eps,
+            *batch_norm_arguments(self),
             scale=self.scale,
             gains=self.gains,
             process_group=self.process_group,

@@ -538,7 +538,6 @@ def backward_kernel(
     The last three tensors have a row of sums by channel a chunk: [chunks, 3, channels],
     [chunks, 2, channels] and [chunks, steps, channels].
     """
-    FORM: tl.constexpr = KINDS[0]
     DIVIDES: tl.constexpr = KINDS[12]
     CONSTANT: tl.constexpr = KINDS[6]
     MAP: tl.constexpr = KINDS[9]
@@ -551,8 +550,10 @@ def backward_kernel(
     factor, threshold, v_reset = neuron_rules(values, factor, threshold, v_reset, place, STATE, MAP)
     if values is None:
         k = scalar(k, STATE)
+    elif DIVIDES:
+        k = 1.0 / factor
     else:
-        k = 1.0 / factor if DIVIDES else factor
+        k = factor
     rules = (
         factor,
         threshold,

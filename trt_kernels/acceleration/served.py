@@ -1,0 +1,91 @@
+"""How a module of another library is served by `lif`: its class becomes a subclass of its own.
+
+So isinstance, parameters, buffers, names and the library's helpers stay what they are, and the way
+back is to give the class back.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..functional import batch_norm_lif, lif
+from ..nn import batch_norm_arguments
+
+
+class Served(nn.Module):
+    """Base of what a neuron's class is mixed with."""
+
+    original: ClassVar[type[nn.Module]]  # the class of the library
+    mixin: ClassVar[type[nn.Module]]
+    # The BatchNorm that is done together with this neuron, in a tuple: it stays where it was.
+    _joined: tuple["Deferred"] | None = None
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """The setting that prevents a module of the library's class to be served, or None."""
+        raise NotImplementedError
+
+    def _lif(self, x: Tensor, *, time_dim: int = 0, **options: Any) -> Any:
+        """`lif` of x, with the joined BatchNorm before it."""
+        if self._joined is None:
+            return lif(x, time_dim=time_dim, **options)
+        (norm,) = self._joined
+        norm.give(self)
+        return batch_norm_lif(x, *batch_norm_arguments(norm), time_dim=time_dim, **options)
+
+    def _has_time(self) -> bool:
+        """Whether x has timesteps, and is not of a single one."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        joined = ", with the BatchNorm before it" if self._joined is not None else ""
+        own = super().extra_repr()
+        return f"{own}{', ' if own else ''}served by trt_kernels{joined}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so a pickle names what it is made of.
+        state = super().__reduce_ex__(2)[2]
+        return _new, (self.mixin, self.original), state
+
+
+class Deferred(Served):
+    """A BatchNorm whose work the neuron after it does: it passes its input on."""
+
+    _waits = False
+    in_steps = False  # it is given [T·B, C, *], between a flattening of time and its way back
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._waits = True
+        return x
+
+    def give(self, neuron: Served) -> None:
+        """Lets the neuron do the work, once."""
+        if not self._waits:
+            raise RuntimeError(
+                "a neuron was called without the BatchNorm that accelerate joined it with: "
+                "restore(model), and leave fuse_batch_norm out"
+            )
+        self._waits = False
+        has_time = self.in_steps or getattr(self, "step_mode", "s") == "m"
+        if has_time != neuron._has_time():
+            raise RuntimeError(
+                "step_mode: a neuron and the BatchNorm joined with it are in different step modes"
+            )
+
+
+_classes: dict[tuple[Any, Any], Any] = {}
+
+
+def served_class(mixin: Any, original: Any) -> Any:
+    """The subclass of `original` that a served module has: always the same one."""
+    if (mixin, original) not in _classes:
+        names = {"__module__": original.__module__, "__doc__": original.__doc__}
+        _classes[mixin, original] = type(
+            original.__name__, (mixin, original), {**names, "original": original, "mixin": mixin}
+        )
+    return _classes[mixin, original]
+
+
+def _new(mixin: Any, original: Any) -> Any:
+    kind = served_class(mixin, original)
+    return kind.__new__(kind)
