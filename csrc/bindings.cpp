@@ -93,6 +93,25 @@ trt::LIFBackward plain_backward(const trt::LIFShape& shape, Address x, Address g
   return arguments;
 }
 
+// The addresses of what a call carries on beside x and spikes; 0 where there is none.
+struct Carried {
+  Address v_init, state, potential;
+};
+trt::LIFForward carried_forward(trt::LIFForward arguments, const Carried& carried) {
+  arguments.v_init = pointer(carried.v_init);
+  arguments.state = pointer(carried.state);
+  arguments.potential = pointer(carried.potential);
+  return arguments;
+}
+trt::LIFBackward carried_backward(trt::LIFBackward arguments, Address v_init,
+                                  const Carried& gradients) {
+  arguments.v_init = pointer(v_init);
+  arguments.grad_v_init = pointer(gradients.v_init);
+  arguments.grad_state = pointer(gradients.state);
+  arguments.grad_potential = pointer(gradients.potential);
+  return arguments;
+}
+
 // A Python class for the arguments of a direction; every pointer is an attribute to be set.
 template <class Arguments>
 py::class_<Arguments> lif_arguments(py::module_& module, const char* name) {
@@ -251,7 +270,56 @@ PYBIND11_MODULE(TRT_KERNELS_MODULE, module, py::mod_gil_not_used()) {
             trt::cpu::lif_backward(self, plain_backward(shape, x, grad_spikes, grad_x), threads);
           },
           release())
+      .def(
+          "cpu_forward_carried",
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address spikes, Address v_init, Address state,
+             Address potential, int threads) {
+            const trt::LIFForward plain =
+                plain_forward(make_shape(dtype, sizes, time_dim), x, spikes);
+            trt::cpu::lif_forward(self, carried_forward(plain, {v_init, state, potential}),
+                                  threads);
+          },
+          release())
+      .def(
+          "cpu_backward_carried",
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address grad_spikes, Address grad_x, Address v_init,
+             Address grad_v_init, Address grad_state, Address grad_potential, int threads) {
+            const trt::LIFBackward plain =
+                plain_backward(make_shape(dtype, sizes, time_dim), x, grad_spikes, grad_x);
+            trt::cpu::lif_backward(
+                self, carried_backward(plain, v_init, {grad_v_init, grad_state, grad_potential}),
+                threads);
+          },
+          release())
 #ifdef TRT_KERNELS_CUDA
+      .def(
+          "cuda_forward_carried",
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address spikes, Address v_init, Address state,
+             Address potential, Address checkpoints, int checkpoint_every, int device,
+             Address stream) {
+            const trt::LIFForward plain = plain_forward(make_shape(dtype, sizes, time_dim), x,
+                                                        spikes, checkpoints, checkpoint_every);
+            trt::cuda::lif_forward(self, carried_forward(plain, {v_init, state, potential}),
+                                   queue(0, device, stream));
+          },
+          release())
+      .def(
+          "cuda_backward_carried",
+          [](const trt::LIFSettings& self, trt::DType dtype, const std::vector<std::int64_t>& sizes,
+             std::size_t time_dim, Address x, Address grad_spikes, Address grad_x, Address v_init,
+             Address grad_v_init, Address grad_state, Address grad_potential, Address checkpoints,
+             int checkpoint_every, int device, Address stream) {
+            const trt::LIFBackward plain =
+                plain_backward(make_shape(dtype, sizes, time_dim), x, grad_spikes, grad_x,
+                               checkpoints, checkpoint_every);
+            trt::cuda::lif_backward(
+                self, carried_backward(plain, v_init, {grad_v_init, grad_state, grad_potential}),
+                queue(0, device, stream));
+          },
+          release())
       .def("cuda_forward_workspace", &trt::cuda::lif_forward_workspace)
       .def("cuda_backward_workspace", &trt::cuda::lif_backward_workspace)
       .def(

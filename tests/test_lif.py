@@ -24,6 +24,7 @@ from tests.cases import (
     relative_error,
     without_time,
 )
+from trt_kernels import LIFOutput, functional
 from trt_kernels.backends.reference.lif import Fire
 
 NEURONS = list(itertools.product(RESETS, (False, True)))  # (reset, detach_reset)
@@ -431,6 +432,70 @@ def test_a_long_sequence_keeps_a_state_every_16_steps_on_a_gpu(dtype, backend):
     assert not kept
 
 
+def test_the_short_way_with_a_state_gives_the_same(kernels):
+    """As above, from a state and into state and potentials; a single step has no time at all."""
+    if kernels == "triton":
+        pytest.skip("Triton has no shorter path")
+    asked = itertools.product((False, True), (False, True), (False, True))
+    for dtype, (starts, state, potential) in itertools.product(DTYPES, asked):
+        x = torch.randn(4, 5, 41).to(dtype).requires_grad_()
+        v = torch.randn(5, 41, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+        leaves = [x, v] if starts else [x]
+        options = {"surrogate": tk.ATan(), "charge": "leak", "v_init": v if starts else None}
+        returned = {"return_state": state, "return_potential": potential}
+        short = tk.lif(x, **options, **returned)
+        long = tk.lif(x, **options, **returned, statistics=True)._replace(rate=None)
+        if not (state or potential):
+            short = LIFOutput(short, None, None, None, None)
+        if starts or state or potential:
+            assert type(short.spikes.grad_fn).__name__ == "LIFCarriedBackward"
+        grads = [None if t is None else torch.randn_like(t) for t in short]
+        results = []
+        for out in (short, long):
+            pairs = [(t, g) for t, g in zip(out, grads, strict=True) if t is not None]
+            outputs, arriving = zip(*pairs, strict=True)
+            results.append(torch.autograd.grad(outputs, leaves, arriving))
+        for a, b in zip(short, long, strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_single_steps_are_those_of_a_sequence(backend):
+    x = quantised((4, 5, 8)).requires_grad_()
+    for charge, reset in (("decay", "hard"), ("delayed", "none"), ("leak_divide", "soft")):
+        options = {"charge": charge, "reset": reset, "decay": 0.6, "threshold": 0.7}
+        whole = tk.lif(x, **options, return_state=True, return_potential=True)
+        for layout in (x, x.transpose(1, 2)):
+            v, spikes, potentials = None, [], []
+            for current in layout.unbind():
+                out = functional.lif_step(current, v, options, return_potential=True)
+                v = out.state
+                spikes.append(out.spikes)
+                potentials.append(out.potential)
+            back = (lambda t: t) if layout is x else (lambda t: t.transpose(-1, -2))
+            results = [back(t) for t in (torch.stack(spikes), v, torch.stack(potentials))]
+            expected = (whole.spikes, whole.state, whole.potential)
+            for a, b in zip(results, expected, strict=True):
+                assert torch.equal(a, b)
+            scales = [torch.randn_like(t) for t in expected]
+            # What arrives through an expansion is not contiguous; and half of it may be nothing.
+            for chosen in ((0, 1, 2), (0,), (1,), (2,)):
+                ours, theirs = (
+                    torch.autograd.grad(
+                        sum((t[i] * scales[i]).sum() + t[i].sum() for i in chosen),
+                        x,
+                        retain_graph=True,
+                    )[0]
+                    for t in (results, expected)
+                )
+                assert relative_error(ours, theirs) < 1e-6
+    with pytest.raises(ValueError, match=r"v_init: got shape \(3,\)"):
+        functional.lif_step(x[0], torch.zeros(3), {})
+    with pytest.raises(ValueError, match="decay: got"):
+        functional.lif_step(x[0], None, {"decay": float("nan")})
+
+
 def test_the_short_way_gives_the_same(kernels):
     """Spikes alone of a contiguous tensor take a shorter path: both paths, bit for bit."""
     if kernels == "triton":
@@ -439,7 +504,7 @@ def test_the_short_way_gives_the_same(kernels):
         x = torch.randn(3, 5, 41).to(dtype).requires_grad_()
         options = {"time_dim": time_dim, "reset": reset, "surrogate": tk.ATan()}
         short = tk.lif(x, **options)
-        long = tk.lif(x, return_state=True, **options).spikes
+        long = tk.lif(x, statistics=True, **options).spikes
         assert type(short.grad_fn).__name__ == "LIFSpikesBackward"
         assert type(long.grad_fn).__name__ == "LIFFunctionBackward"
         assert torch.equal(short, long)

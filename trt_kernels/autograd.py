@@ -184,6 +184,49 @@ class LIFSpikes(Function):
         return results.x, None
 
 
+class LIFCarried(Function):
+    """`LIFSpikes` from a state, and into those of state and potential that the options return."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v_init: Tensor | None, plain: PlainLIF) -> Any:
+        ctx.plain = plain
+        results = plain.forward_carried(x, v_init, any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, v_init, results.checkpoints)
+        ctx.set_materialize_grads(False)
+        return tuple(result for result in results[:3] if result is not None)
+
+    @staticmethod
+    def backward(ctx: Any, grad_spikes: Tensor | None, *extras: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            single_backward("lif")
+        options = ctx.plain.options
+        x, v_init, checkpoints = ctx.saved_tensors
+        arriving = iter(extras)
+        grads = LIFGrads(
+            grad_spikes,
+            next(arriving) if options.return_state else None,
+            next(arriving) if options.return_potential else None,
+        )
+        tensors = (x, v_init, checkpoints, *grads)
+        if ops.is_plain(*tensors):
+            x, v_init, checkpoints, *given = (t if t is None else t.contiguous() for t in tensors)
+            plainly = ctx.plain.backward_carried(x, v_init, checkpoints, LIFGrads(*given))
+            return *plainly, None
+        if ctx.plain.single:  # but for the state, which has no time anyway
+            x, spikes, potential = (
+                t if t is None else t.unsqueeze(0) for t in (x, grads.spikes, grads.potential)
+            )
+            grads = LIFGrads(spikes, grads.state, potential)
+        wanted = LIFWanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        results = ops.lif_backward(
+            x, LIFTensors(v_init), checkpoints, None, None, grads, wanted, options
+        )
+        grad_x = results.x
+        if ctx.plain.single and grad_x is not None:
+            grad_x = grad_x.squeeze(0)
+        return grad_x, results.v_init, None
+
+
 class TRTPenaltyFunction(Function):
     """Keeps the parameters alone."""
 

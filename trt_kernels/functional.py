@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, packing
-from .autograd import LIFFunction, LIFSpikes, TemporalLossFunction, TRTPenaltyFunction
+from .autograd import LIFCarried, LIFFunction, LIFSpikes, TemporalLossFunction, TRTPenaltyFunction
 from .backends import reference
 from .backends.native import PlainLIF
 from .ops import choose_backend, trt_penalty_accumulate
@@ -203,12 +203,62 @@ def lif(
     options, short = _options(x, penalty, backend, settings, learned)
     if v_init is not None:
         v_init = _initial(v_init, x, options)
-    if short is not None and v_init is None and x.is_contiguous() and ops.is_plain(x):
-        return LIFSpikes.apply(x, short)
+    if short is not None and x.is_contiguous() and ops.is_plain(x):
+        alone = not (return_state or return_potential)
+        if v_init is None and alone:
+            return LIFSpikes.apply(x, short)
+        if v_init is None or (v_init.is_contiguous() and ops.is_plain(v_init)):
+            spikes, *extras = LIFCarried.apply(x, v_init, short)
+            if alone:
+                return spikes
+            state = extras[0] if return_state else None
+            return LIFOutput(spikes, state, None, extras[-1] if return_potential else None, None)
     neuron = None
     if learned:
         neuron = _neuron(x, decay, threshold, v_reset, options, 1)
     return _lif(x, LIFTensors(v_init, None, neuron), penalty, options, surrogate, None)
+
+
+# The short ways of single steps, by everything that they depend on; the options are kept, so that
+# their identity stays theirs.
+_steps: dict[tuple[Any, ...], tuple[dict[str, Any], PlainLIF | None]] = {}
+
+
+def lif_step(
+    x: Tensor, v: Tensor | None, options: dict[str, Any], *, return_potential: bool = False
+) -> LIFOutput:
+    """One timestep of `lif`, for loops over time outside of it: x, v and results have one shape.
+
+    `options` are those of `lif` but time_dim, steps, v_init and what is returned; nobody changes
+    them after the first call, so that the same dict costs no more checks. Spikes and state are
+    returned, and the potential before the reset if asked for.
+    """
+    learned = any(isinstance(options.get(name), Tensor) for name in LEARNABLE)
+    if not learned and x.is_contiguous() and ops.is_plain(x, v):
+        fits = v is None or (v.shape == x.shape and v.dtype == checks.state_dtype(x.dtype))
+        if fits and (v is None or (v.is_contiguous() and v.device == x.device)):
+            backend, packs = ops.default_backend, packing.active()
+            key = (id(options), return_potential, x.dtype, x.device, x.ndim, backend, packs)
+            known = _steps.get(key)
+            if known is None:
+                known = _steps[key] = options, _short_step(x, options, return_potential)
+            if known[1] is not None:
+                spikes, state, *rest = LIFCarried.apply(x, v, known[1])
+                return LIFOutput(spikes, state, None, rest[0] if rest else None, None)
+    out = lif(
+        x.unsqueeze(0), **options, v_init=v, return_state=True, return_potential=return_potential
+    )
+    potential = None if out.potential is None else out.potential.squeeze(0)
+    return LIFOutput(out.spikes.squeeze(0), out.state, None, potential, None)
+
+
+def _short_step(x: Tensor, options: dict[str, Any], return_potential: bool) -> PlainLIF | None:
+    if len(_steps) >= _MOST_CHECKED:
+        _steps.clear()
+    asked = {**LIF_DEFAULTS, **options, "return_state": True, "return_potential": return_potential}
+    settings = tuple(asked[name] for name in LIF_SETTINGS)
+    checked = _check_lif(x.unsqueeze(0), asked["penalty"], asked["backend"], settings)
+    return ops.plain_lif(checked, x.dtype, single=True)
 
 
 def _lif(

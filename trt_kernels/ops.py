@@ -180,13 +180,15 @@ def lif_forward(
     return LIFResults(spikes, *(e if a else None for a, e in zip(asked, extras, strict=True)))
 
 
-def plain_lif(options: LIFOptions, dtype: torch.dtype) -> native.PlainLIF | None:
+def plain_lif(
+    options: LIFOptions, dtype: torch.dtype, single: bool = False
+) -> native.PlainLIF | None:
     """The short way for plain contiguous tensors, where these options have one."""
     if options.backend not in ("cpu", "cuda") or options.steps or options.bits:
         return None
-    if options.return_state or options.return_potential or options.statistics or options.phi:
+    if options.statistics or options.phi:
         return None
-    return native.PlainLIF(options, dtype)
+    return native.PlainLIF(options, dtype, single)
 
 
 _TENSORS = len(LIFTensors._fields)

@@ -191,8 +191,8 @@ def restore(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
     for module in model.modules():
         if isinstance(module, Served):
-            for name in ("_joined", "_waits", "in_steps", "_numbers", "_our_surrogate"):
+            kind: Any = type(module)
+            for name in ("_joined", "_waits", "in_steps", *kind.caches):
                 vars(module).pop(name, None)
-            kind: Any = type(module).original
-            module.__class__ = kind
+            module.__class__ = kind.original
     return model

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..functional import batch_norm_lif, lif
+from ..functional import batch_norm_lif, lif, lif_step
 from ..nn import batch_norm_arguments
 
 
@@ -17,6 +17,7 @@ class Served(nn.Module):
 
     original: ClassVar[type[nn.Module]]  # the class of the library
     mixin: ClassVar[type[nn.Module]]
+    caches: ClassVar[tuple[str, ...]] = ()  # attributes that a copy or a pickle does without
     # The BatchNorm that is done together with this neuron, in a tuple: it stays where it was.
     _joined: tuple["Deferred"] | None = None
 
@@ -33,6 +34,21 @@ class Served(nn.Module):
         norm.give(self)
         return batch_norm_lif(x, *batch_norm_arguments(norm), time_dim=time_dim, **options)
 
+    def _step(
+        self,
+        x: Tensor,
+        v: Tensor | None,
+        options: dict[str, Any],
+        return_potential: bool = False,
+    ) -> Any:
+        """`lif_step`, with the joined BatchNorm before it."""
+        if self._joined is None:
+            return lif_step(x, v, options, return_potential=return_potential)
+        more = {"v_init": v, "return_state": True, "return_potential": return_potential}
+        out = self._lif(x.unsqueeze(0), **{**options, **more})
+        potential = None if out.potential is None else out.potential.squeeze(0)
+        return out._replace(spikes=out.spikes.squeeze(0), potential=potential)
+
     def _has_time(self) -> bool:
         """Whether x has timesteps, and is not of a single one."""
         raise NotImplementedError
@@ -44,7 +60,8 @@ class Served(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so a pickle names what it is made of.
-        state = super().__reduce_ex__(2)[2]
+        state: Any = super().__reduce_ex__(2)[2]
+        state = {name: value for name, value in state.items() if name not in self.caches}
         return _new, (self.mixin, self.original), state
 
 

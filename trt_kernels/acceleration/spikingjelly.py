@@ -3,6 +3,7 @@
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import torch
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import Tensor, nn
 
@@ -42,10 +43,12 @@ def _converted(kind: Any, parameters: tuple[Any, ...]) -> Surrogate:
     return ours
 
 
-_PRESETS = {
-    name: lru_cache(maxsize=256)(getattr(presets, f"spikingjelly_{name}"))
-    for name in ("if", "lif", "plif")
-}
+@lru_cache(maxsize=256)
+def _preset(name: str, **settings: Any) -> dict[str, Any]:
+    """A preset but for where it starts, which is known at the call."""
+    options: dict[str, Any] = getattr(presets, f"spikingjelly_{name}")(**settings)
+    del options["v_init"]
+    return options
 
 
 class _Node(Served):
@@ -57,14 +60,14 @@ class _Node(Served):
     @classmethod
     def _options(cls, node: Any) -> dict[str, Any]:
         """Those of `lif`, from the attributes as they are now."""
-        options: dict[str, Any] = _PRESETS[cls.preset](
+        return _preset(
+            cls.preset,
             v_threshold=node.v_threshold,
             v_reset=node.v_reset,
             detach_reset=node.detach_reset,
             surrogate=our_surrogate(node.surrogate_function),
             **{name: getattr(node, name) for name in cls.own},
         )
-        return options
 
     def _learned(self) -> dict[str, Any]:
         return {}
@@ -96,20 +99,13 @@ class _Node(Served):
             return 0.0 if node.v_reset is None else float(node.v_reset)
         return v.to(x.device, state_dtype(x.dtype))
 
-    def _run(self, x_seq: Tensor, store: bool) -> Any:
-        node: Any = self
-        out = self._lif(
-            x_seq,
-            **{**self._options(self), **self._learned(), "v_init": self._start(x_seq[0])},
-            return_state=True,
-            return_potential=store,
-        )
-        node._memories["v"] = out.state
-        return out
-
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         node: Any = self
-        out = self._run(x_seq, node.store_v_seq)
+        options = {**self._options(self), **self._learned(), "v_init": self._start(x_seq[0])}
+        out = self._lif(
+            x_seq, **options, return_state=True, return_potential=bool(node.store_v_seq)
+        )
+        node._memories["v"] = out.state
         if node.store_v_seq:
             node.v_seq = self._after_reset(out.potential, out.spikes)
         spikes: Tensor = out.spikes
@@ -117,10 +113,18 @@ class _Node(Served):
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         node: Any = self
-        out = self._run(x.unsqueeze(0), store=False)
+        options, start = self._options(self), self._start(x)
+        v = None
+        if isinstance(start, Tensor):
+            v = start
+        elif start:
+            v = torch.full_like(x, start, dtype=state_dtype(x.dtype))
+        learned = self._learned()
+        out = self._step(x, v, {**options, **learned} if learned else options)
+        node._memories["v"] = out.state
         if node.store_v_seq:
             node._append_v_seq(node.v)
-        spikes: Tensor = out.spikes.squeeze(0)
+        spikes: Tensor = out.spikes
         return spikes
 
     def _after_reset(self, h: Tensor, spikes: Tensor) -> Tensor:

@@ -195,23 +195,28 @@ def batch_statistics(x: Tensor, channel_dim: int, eps: float, repeat: int, backe
 
 
 class PlainLIF:
-    """`lif` of a contiguous tensor into spikes alone, bound once for its options and dtype.
+    """`lif` of a contiguous tensor, bound once for its options and dtype.
 
     The same kernels as `lif_forward` and `lif_backward`, which decide all of this at every call: on
-    a small tensor that costs as much as the rest.
+    a small tensor that costs as much as the rest. Where it is `single`, x is of one timestep, and
+    neither it nor a result has a time dimension.
     """
 
-    def __init__(self, options: LIFOptions, dtype: torch.dtype) -> None:
+    def __init__(self, options: LIFOptions, dtype: torch.dtype, single: bool = False) -> None:
         handle = lif_handle(options)
-        self.options = options
+        self.options, self.single = options, single
         self._cuda = options.backend == "cuda"
         self._dtype, self._time_dim = DTYPES[dtype], options.time_dim
         if self._cuda:
             self._run_forward = handle.cuda_forward_plain
             self._run_backward = handle.cuda_backward_plain
+            self._run_forward_carried = handle.cuda_forward_carried
+            self._run_backward_carried = handle.cuda_backward_carried
         else:
             self._run_forward = handle.cpu_forward_plain
             self._run_backward = handle.cpu_backward_plain
+            self._run_forward_carried = handle.cpu_forward_carried
+            self._run_backward_carried = handle.cpu_backward_carried
 
     def forward(self, x: Tensor, for_backward: bool) -> tuple[Tensor, Tensor | None]:
         """Spikes, and the checkpoints where the backward pass needs them."""
@@ -233,6 +238,44 @@ class PlainLIF:
         else:
             self._run_backward(*arguments, torch.get_num_threads())
         return grad_x
+
+    def forward_carried(self, x: Tensor, v_init: Tensor | None, for_backward: bool) -> LIFResults:
+        """As `forward`, from a state and into what the options return."""
+        options, sizes, dim = self.options, self._sizes(x), self._time_dim
+        spikes, dtype = torch.empty_like(x), state_dtype(x.dtype)
+        state = potential = checkpoints = None
+        if options.return_state:
+            state = x.new_empty((*sizes[:dim], *sizes[dim + 1 :]), dtype=dtype)
+        if options.return_potential:
+            potential = torch.empty_like(x, dtype=dtype)
+        carried = (address(v_init), address(state), address(potential))
+        arguments = (self._dtype, sizes, dim, x.data_ptr(), spikes.data_ptr(), *carried)
+        if self._cuda:
+            if for_backward and not self.single:
+                checkpoints = empty_checkpoints(x, options)
+            self._run_forward_carried(*arguments, *self._on_device(x, checkpoints))
+        else:
+            self._run_forward_carried(*arguments, torch.get_num_threads())
+        return LIFResults(spikes, state, potential, checkpoints=checkpoints)
+
+    def backward_carried(
+        self, x: Tensor, v_init: Tensor | None, checkpoints: Tensor | None, grads: LIFGrads
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of x and v_init, from contiguous ones of the results."""
+        grad_x = torch.empty_like(x)
+        grad_v_init = None if v_init is None else torch.empty_like(v_init)
+        carried = (address(v_init), address(grad_v_init))
+        arriving = (address(grads.state), address(grads.potential))
+        tensors = (x.data_ptr(), address(grads.spikes), grad_x.data_ptr(), *carried, *arriving)
+        arguments = (self._dtype, self._sizes(x), self._time_dim, *tensors)
+        if self._cuda:
+            self._run_backward_carried(*arguments, *self._on_device(x, checkpoints))
+        else:
+            self._run_backward_carried(*arguments, torch.get_num_threads())
+        return grad_x, grad_v_init
+
+    def _sizes(self, x: Tensor) -> tuple[int, ...]:
+        return (1, *x.shape) if self.single else x.shape
 
     @staticmethod
     def _on_device(x: Tensor, checkpoints: Tensor | None) -> tuple[int, int, int, int]:
