@@ -24,7 +24,10 @@ TWO_BITS = "lif, two bits for the backward pass"
 CONSTANT = "lif, constant current"
 RATES = "lif, rates of every step"
 PACKED = "a network with packed spikes"
+ACCELERATED = "accelerate, networks of SpikingJelly"
+ACCELERATED_STEPS = "accelerate, a loop over time of snnTorch"
 # Variants that targets ask for.
+AS_IT_IS = "as it is"
 SEPARATE = "BatchNorm2d + lif"
 SEPARATE_NETWORK = "BatchNorm2d + LIF"
 
@@ -291,6 +294,10 @@ MEMORY_TARGETS = (
     Target("packed network of fused blocks keeps ÷ usual network", 0.36, network_kept),
 )
 CPU_TARGETS = (
+    Target("network ÷ accelerated network", 1.0, times_ours(ACCELERATED, AS_IT_IS), True),
+    Target(
+        "loop of single steps ÷ accelerated", 2.0, times_ours(ACCELERATED_STEPS, AS_IT_IS), True
+    ),
     Target(f"{SEPARATE} ÷ `batch_norm_lif` time", 1.5, times_ours(BLOCK, SEPARATE), True),
     Target("`lif`, dearest ÷ cheapest neuron-step", 1.15, between_steps),
     *MEMORY_TARGETS,
