@@ -273,13 +273,14 @@ class BatchNormLIF(_Neuron, _NormBase):
             raise ValueError("gains_by_channel: needs gain_steps")
 
     def forward(self, x: Tensor) -> Any:
-        momentum = 0.0 if self.momentum is None else self.momentum
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         training = self.training or self.running_mean is None
         updates = self.training and self.track_running_stats
         if updates and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the average over all batches
-                momentum = 1.0 / float(self.num_batches_tracked)
+                # A tensor: a float would synchronise with a GPU, and could not be compiled.
+                momentum = 1 / self.num_batches_tracked.double()
         options = self._options()
         return self._run(
             batch_norm_lif,
