@@ -18,9 +18,9 @@ TRT = {"weight": 1e-3, "delta": 0.3}
 halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
 
-@pytest.fixture(params=("cpu", "cuda", "triton", "reference"))
+@pytest.fixture(params=("cpu", "cuda", "reference"))
 def backend(request):
-    """Each backend: what autocast casts in the reference's plain operations shows too."""
+    """Those quick to run, and the reference, whose plain operations autocast might cast."""
     with serve(request.param, request):
         yield request.param
 
@@ -237,8 +237,7 @@ def test_an_infinite_gradient_is_never_lost(memory, backend):
         assert not x.grad.isfinite().any()
 
 
-@halves
-def test_compiled_under_autocast(dtype):
+def test_compiled_under_autocast():
     torch._dynamo.reset()
     results = []
     for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
@@ -246,15 +245,15 @@ def test_compiled_under_autocast(dtype):
         objective = tk.TRTLoss(model, mse_ratio=0.1, **TRT)
 
         def loss(x, target, model=model, objective=objective):
-            with torch.autocast("cpu", dtype):
+            with torch.autocast("cpu", torch.bfloat16):
                 return objective(model(x), target)
 
         value = wrap(loss)(*batch())
         value.backward()
-        with torch.autocast("cpu", dtype):  # around the compiled function
+        with torch.autocast("cpu", torch.bfloat16):  # around the compiled function
             model.eval()
             logits = wrap(model)(batch()[0])
-        assert logits.dtype == dtype
+        assert logits.dtype == torch.bfloat16
         results.append([value.detach(), logits.detach(), *(p.grad for p in model.parameters())])
         results[-1] += list(model.buffers())
     for ours, eager in zip(*results, strict=True):

@@ -192,7 +192,6 @@ MODULES = {
     "LIF with a penalty": lambda: tk.nn.LIF(**EVERY_EXTRA),
     "LIF with a state": lambda: tk.nn.LIF(stateful=True),
     "PLIF": lambda: tk.nn.PLIF(channels=6, channel_dim=2),
-    "PLIF with a state": lambda: tk.nn.PLIF(stateful=True, decay_input=False),
     "BatchNormLIF": lambda: tk.nn.BatchNormLIF(6, gain_steps=T),
     "BatchNormLIF with a state": lambda: tk.nn.BatchNormLIF(6, stateful=True),
     "BatchNormLIF, averaging": lambda: tk.nn.BatchNormLIF(6, momentum=None),

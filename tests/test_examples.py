@@ -97,6 +97,7 @@ def test_packed_spikes_train_the_same(run, capsys):
     assert last.startswith("test accuracy")
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_as_well(run):
     short = [*TINY, "--epochs", "3", "--limit", "400"]
     usual, half = run(*short), run(*short, "--amp", "bfloat16")
