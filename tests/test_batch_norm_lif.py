@@ -301,6 +301,22 @@ def test_module_follows_batch_norm2d():
             torch.testing.assert_close(getattr(block, name), buffer)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_momentum_as_a_tensor(dtype):
+    x = torch.randn(4, 3, 5, 6) + 2
+    running = [
+        (
+            torch.randn(5, generator=torch.Generator().manual_seed(1)).to(dtype),
+            torch.ones(5).to(dtype),
+        )
+        for _ in range(2)
+    ]
+    for vectors, momentum in zip(running, (0.25, torch.tensor(0.25).double()), strict=True):
+        tk.batch_norm_lif(x, *vectors, training=True, momentum=momentum)
+    for ours, expected in zip(*running, strict=True):
+        assert torch.equal(ours, expected) and ours.dtype == dtype
+
+
 def test_stateful_block():
     x = torch.randn(8, 3, 5, 6)
     block = tk.nn.BatchNormLIF(5, stateful=True).eval()
@@ -348,6 +364,14 @@ X, ONES = torch.zeros(4, 3, 5, 2), torch.ones(5)
         ((X, ONES, ONES, ONES.to("meta")), {}, ValueError, "weight: got a tensor on meta"),
         ((X, ONES, ONES, None, None, 1), {}, TypeError, "training: got 1"),
         ((X, ONES, ONES, None, None, True, 2.0), {}, ValueError, "momentum: got 2.0"),
+        ((X, ONES, ONES, None, None, True, ONES[0].long()), {}, TypeError, "momentum: got dtype"),
+        ((X, ONES, ONES, None, None, True, ONES), {}, ValueError, r"momentum: .* needs a scalar"),
+        (
+            (X, ONES, ONES, None, None, True, torch.ones((), requires_grad=True)),
+            {},
+            ValueError,
+            "momentum: requires grad",
+        ),
         ((X, ONES, ONES, None, None, True, 0.1, 0.0), {}, ValueError, "eps: got 0.0"),
         ((X, ONES, ONES, None, None, True, 0.1, -1.0), {}, ValueError, "eps: got -1.0"),
         ((X, ONES, ONES), {"time_dim": 2}, ValueError, "time_dim: got 2"),

@@ -97,6 +97,20 @@ def test_packed_spikes_train_the_same(run, capsys):
     assert last.startswith("test accuracy")
 
 
+@pytest.mark.slow
+def test_bfloat16_learns_as_well(run):
+    short = [*TINY, "--epochs", "3", "--limit", "400"]
+    usual, half = run(*short), run(*short, "--amp", "bfloat16")
+    assert min(usual["test_accuracy"], half["test_accuracy"]) >= 90
+    assert half["history"][0]["loss"] != usual["history"][0]["loss"]
+
+
+def test_float16_with_a_scaler(run):
+    usual, half = run(*TINY)["history"][0]["loss"], run(*TINY, "--amp", "float16")
+    assert half["settings"]["amp"] == "float16"
+    assert 0 < abs(half["history"][0]["loss"] - usual) < 0.05
+
+
 def test_backends_agree(run):
     ours, reference = (run(*TINY, "--backend", backend) for backend in ("cpu", "reference"))
     assert ours["history"][0]["loss"] == pytest.approx(reference["history"][0]["loss"], abs=1e-3)
@@ -146,6 +160,7 @@ def test_shift_moves_by_at_most_a_pixel(digits):
     [
         ("--method", "bptt"),
         ("--backend", "gpu"),
+        ("--amp", "half"),
         ("--backend", "triton"),
         ("--epochs", "0"),
         ("--epochs", "2.5"),

@@ -1,5 +1,10 @@
-"""The autograd Functions: what is kept for the backward pass, and nothing else."""
+"""The autograd Functions: what is kept for the backward pass, and nothing else.
 
+At the end the registered operators get the same gradients, for whoever meets them without these
+Functions: the graph of an exported program, torch.func inside torch.compile.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,55 +64,55 @@ class LIFFunction(Function):
         if torch.is_grad_enabled():
             single_backward("lif")
         options = ctx.options
-        needs = ctx.needs_input_grad
-        x, *saved = ctx.saved_tensors
-        tensors, checkpoints, bits = LIFTensors(), None, None
-        if saved:
-            *given, checkpoints, bits = saved
-            tensors = LIFTensors(*given)
         arriving = iter(extras)
         grads = LIFGrads(
             grad_spikes,
             next(arriving) if options.return_state else None,
             next(arriving) if options.return_potential else None,
-            next(arriving) if tensors.penalty_weight is not None else None,
+            next(arriving) if options.phi else None,
         )
-        if bits is not None:
-            x, grads = _instead_of_x(ctx.x, bits, grads, options)
+        needs = ctx.needs_input_grad
         if len(needs) == 2:
-            wanted = LIFWanted(needs[0])
-            return ops.lif_backward(
-                x, tensors, checkpoints, bits, None, grads, wanted, options
-            ).x, None
-        _, _, v_init, _, neuron, _, weight, bias, gains, _ = needs
-        wanted = LIFWanted(needs[0], v_init, neuron, weight or bias, gains)
-        if ctx.group is None or not options.batch:
-            results = ops.lif_backward(x, tensors, checkpoints, bits, None, grads, wanted, options)
-        else:
-            results = _backward_over_group(
-                ctx.group, x, tensors, checkpoints, grads, wanted, options
-            )
-        grad_weight = grad_bias = grad_gains = None
-        if results.affine is not None:
-            # The gradient of x̂·scale·weight + bias.
-            grad_weight, grad_bias = results.affine.unbind()
-            grad_weight = grad_weight if options.scale == 1 else grad_weight * options.scale
-        if results.gains is not None and tensors.gains is not None:
-            grad_gains = results.gains
-            if tensors.gains.ndim == 1:
-                grad_gains = grad_gains.sum(1)
-        return (
-            results.x,
-            None,
-            results.v_init,
-            None,
-            results.neuron,
-            None,
-            grad_weight if weight else None,
-            grad_bias if bias else None,
-            grad_gains,
-            None,
-        )
+            return _lif_gradients(ctx, needs[0], LIFTensors(), grads)[0], None
+        x, *given = _lif_gradients(ctx, needs[0], LIFTensors(*needs[2:-1]), grads)
+        return x, None, *given, None
+
+
+def _lif_gradients(ctx: Any, needs_x: bool, needs: LIFTensors, grads: LIFGrads) -> tuple[Any, ...]:
+    """The gradients of x and of every one of the `LIFTensors`, where they are needed."""
+    options = ctx.options
+    x, *saved = ctx.saved_tensors
+    tensors, checkpoints, bits = LIFTensors(), None, None
+    if saved:
+        *given, checkpoints, bits = saved
+        tensors = LIFTensors(*given)
+    if bits is not None:
+        x, grads = _instead_of_x(ctx.x, bits, grads, options)
+    affine = bool(needs.norm_weight or needs.norm_bias)
+    wanted = LIFWanted(needs_x, bool(needs.v_init), bool(needs.neuron), affine, bool(needs.gains))
+    if ctx.group is None or not options.batch:
+        results = ops.lif_backward(x, tensors, checkpoints, bits, None, grads, wanted, options)
+    else:
+        results = _backward_over_group(ctx.group, x, tensors, checkpoints, grads, wanted, options)
+    if results.v_init is results.neuron is results.affine is results.gains is None:
+        return results.x, *LIFTensors()
+    grad_weight = grad_bias = grad_gains = None
+    if results.affine is not None:
+        # The gradient of x̂·scale·weight + bias.
+        grad_weight, grad_bias = results.affine.unbind()
+        grad_weight = grad_weight if options.scale == 1 else grad_weight * options.scale
+    if results.gains is not None and tensors.gains is not None:
+        grad_gains = results.gains
+        if tensors.gains.ndim == 1:
+            grad_gains = grad_gains.sum(1)
+    given_grads = LIFTensors(
+        v_init=results.v_init,
+        neuron=results.neuron,
+        norm_weight=grad_weight if needs.norm_weight else None,
+        norm_bias=grad_bias if needs.norm_bias else None,
+        gains=grad_gains,
+    )
+    return results.x, *given_grads
 
 
 def _instead_of_x(
@@ -265,3 +270,87 @@ class TemporalLossFunction(Function):
             grad, logits, target, class_weight, normalizer, divisors, ctx.options
         )
         return result, None, None, None
+
+
+# --- The operators without these Functions.
+def _keep_lif(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    """As `LIFFunction.forward` keeps it."""
+    x, *rest = inputs
+    count = len(LIFTensors._fields)
+    tensors, options = rest[:count], LIFOptions(*rest[count + 1 :])
+    ctx.options, ctx.group = options, None
+    *_, rate, checkpoints, bits = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rate, checkpoints, bits)
+    if options.bits == 2:
+        ctx.x = (x.dtype, x.shape, layout.dense_input(x, options).stride())
+        ctx.save_for_backward(None, *tensors, None, bits)
+    else:
+        kept = checkpoints if rest[count] and layout.has_checkpoints(x, options) else None
+        ctx.save_for_backward(x, *tensors, kept, None)
+
+
+def _lif_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        single_backward("lif")
+    spikes, state, potential, penalty, *_ = grads
+    options = ctx.options
+    arrived = LIFGrads(
+        spikes,
+        state if options.return_state else None,
+        potential if options.return_potential else None,
+        penalty if options.phi else None,
+    )
+    needs_x, *needs = ctx.needs_input_grad[: 1 + len(LIFTensors._fields)]
+    gradients = _lif_gradients(ctx, needs_x, LIFTensors(*needs), arrived)
+    return *gradients, None, *(None for _ in options)
+
+
+def _keep_penalty(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    params, *options = inputs
+    ctx.save_for_backward(*params)
+    ctx.options = PenaltyOptions(*options)
+
+
+def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    single_backward("trt_penalty")
+    grads = ops.trt_penalty_backward(grad, ctx.saved_tensors, ctx.options)
+    return grads, *(None for _ in ctx.options)
+
+
+def _keep_loss(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    logits, target, class_weight, *options = inputs
+    _, normalizer, divisors = output
+    ctx.mark_non_differentiable(normalizer, divisors)
+    given = divisors if divisors.numel() else None
+    ctx.save_for_backward(logits, target, class_weight, normalizer, given)
+    ctx.options = LossOptions(*options)
+
+
+def _loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    single_backward("temporal_loss")
+    logits, target, class_weight, normalizer, divisors = ctx.saved_tensors
+    result = ops.temporal_loss_backward(
+        grad, logits, target, class_weight, normalizer, divisors, ctx.options
+    )
+    return result, None, None, *(None for _ in ctx.options)
+
+
+def _refuse(function: str) -> Callable[..., Any]:
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(f"{function} cannot be differentiated twice")
+
+    return backward
+
+
+for _name, _backward, _keep in (
+    ("lif_forward", _lif_backward, _keep_lif),
+    ("trt_penalty_forward", _penalty_backward, _keep_penalty),
+    ("temporal_loss_forward", _loss_backward, _keep_loss),
+    # The backward pass of `lif` has the gradient through the statistics of its x.
+    ("batch_statistics", lambda *_: (None,) * 5, None),
+    ("lif_backward", _refuse("lif"), None),
+    ("trt_penalty_backward", _refuse("trt_penalty"), None),
+    ("temporal_loss_backward", _refuse("temporal_loss"), None),
+):
+    torch.library.register_autograd(f"trt_kernels::{_name}", _backward, setup_context=_keep)

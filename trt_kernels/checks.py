@@ -27,7 +27,8 @@ def finite(name: str, value: Any) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    # Not math.isfinite: torch.compile cannot trace it once a float has changed between calls.
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name}: got {value!r}, needs a finite number")
     return number
 
@@ -121,6 +122,16 @@ def channels(name: str, value: Tensor, count: int | None, dtype: torch.dtype, x:
             needed = f"a scalar or one number for each of {count} channels"
         raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, needs {needed}")
     return value.reshape(-1).to(dtype)
+
+
+def scalar(name: str, value: Tensor) -> Tensor:
+    """`value` as a tensor of one number, without gradient."""
+    tensor(name, value)
+    if value.ndim:
+        raise ValueError(f"{name}: got a tensor of shape {tuple(value.shape)}, needs a scalar")
+    if value.requires_grad:
+        raise ValueError(f"{name}: requires grad, but there is no gradient for it")
+    return value
 
 
 def positive(name: str, value: Any) -> float:

@@ -387,7 +387,7 @@ def batch_norm_lif(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     *,
     time_dim: int = 0,
@@ -418,7 +418,8 @@ def batch_norm_lif(
         running_mean, running_var: [C], or None in training.
         weight, bias: [C] or None, for 1 and 0.
         training: take mean and var from x.
-        momentum: share of the new in the running statistics.
+        momentum: share of the new in the running statistics; a float, or a scalar tensor, whose
+            value is not checked.
         eps: > 0.
         time_dim: 0 or 1.
         scale: a factor of the normalised x.
@@ -465,7 +466,10 @@ def batch_norm_lif(
     scale = checks.neuron_parameter("scale", scale, x.dtype)
     training = checks.boolean("training", training)
     options = options._replace(channel_dim=1, scale=scale, batch=training)
-    momentum = checks.fraction("momentum", momentum)
+    if isinstance(momentum, Tensor):
+        checks.scalar("momentum", momentum)
+    else:
+        momentum = checks.fraction("momentum", momentum)
     eps = checks.positive("eps", eps)
     channels = x.shape[channel_dim]
     dtype = checks.state_dtype(x.dtype)
@@ -504,8 +508,9 @@ def batch_norm_lif(
         stats = _batch_stats(x, channel_dim, eps, max(1, options.steps), options.backend, group)
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
-                running_mean.lerp_(stats[0].to(running_mean.dtype), momentum)
-                running_var.lerp_(stats[3].to(running_var.dtype), momentum)
+                for running, new in ((running_mean, stats[0]), (running_var, stats[3])):
+                    share = momentum.to(running) if isinstance(momentum, Tensor) else momentum
+                    running.lerp_(new.to(running.dtype), share)
     else:
         group = None
         if running_mean is None or running_var is None:

@@ -214,13 +214,14 @@ class PLIF(_Neuron):
 
 def batch_norm_arguments(norm: Any) -> tuple[Any, ...]:
     """What `batch_norm_lif` takes after x, of a module like torch's BatchNorm, at a call."""
-    momentum = 0.0 if norm.momentum is None else norm.momentum
+    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
     training = norm.training or norm.running_mean is None
     updates = norm.training and norm.track_running_stats
     if updates and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:  # the average over all batches
-            momentum = 1.0 / float(norm.num_batches_tracked)
+            # A tensor: a float would synchronise with a GPU, and could not be compiled.
+            momentum = 1 / norm.num_batches_tracked.double()
     running = not training or updates
     return (
         norm.running_mean if running else None,
