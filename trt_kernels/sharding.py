@@ -48,11 +48,9 @@ def check_gradient(name: str, parameter: Any) -> None:
 
 
 def local(tensor: Any) -> Tensor:
-    """The memory that this process holds of a tensor: outside the graph, and ready."""
-    own = tensor.to_local() if is_dtensor(tensor) else tensor
-    # What a collective is still writing has a class of its own.
-    ready: Tensor = own.wait() if hasattr(own, "wait") else own
-    return ready
+    """What this process holds of a tensor; where grad mode is off, outside the graph."""
+    own: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+    return own
 
 
 def sum_over_shards(params: Sequence[Any], own_sum: Callable[[list[Tensor]], Tensor]) -> Tensor:
@@ -62,10 +60,8 @@ def sum_over_shards(params: Sequence[Any], own_sum: Callable[[list[Tensor]], Ten
     """
     shards: dict[tuple[Any, ...], list[Tensor]] = {}
     for p in params:
-        if is_dtensor(p):
-            shards.setdefault(_sharding_groups(p), []).append(p.to_local())
-        else:
-            shards.setdefault((), []).append(p)
+        groups = _sharding_groups(p) if is_dtensor(p) else ()
+        shards.setdefault(groups, []).append(local(p))
     dtype = sum_dtype(params)
     value: Tensor = SumOverGroups.apply(
         tuple(shards), *(own_sum(tensors).to(dtype) for tensors in shards.values())
