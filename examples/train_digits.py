@@ -4,6 +4,7 @@
     python examples/train_digits.py --method tet --epochs 30 --seed 1 --out out/tet
     python examples/train_digits.py --packed
     python examples/train_digits.py --amp bfloat16
+    torchrun --nproc-per-node 2 examples/train_digits.py
 
 The data are the 1,797 real 8x8 images that come with scikit-learn: nothing is downloaded. Every
 image is shown as a constant input current for `--steps` timesteps; the network answers with logits
@@ -21,6 +22,10 @@ backward pass are kept as bits, with the same gradients; what that saved is prin
 it trains in mixed precision: convolutions and spikes in half, membrane potentials, losses and
 weights in float32, as for the test.
 
+Under torchrun every process (on GPUs: every GPU) trains its share of each batch, by
+DistributedDataParallel and with the batch statistics of all shares. `--batch-size` stays the whole
+batch's, and the result is that of one process but for rounding.
+
 Needs scikit-learn, matplotlib and tqdm beside trt_kernels. Writes `curves.png` and `spikes.png`
 to `--out`, and with `--json` everything that the curves show.
 """
@@ -28,10 +33,11 @@ to `--out`, and with `--json` everything that the curves show.
 import argparse
 import json
 import math
+import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +48,48 @@ from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import trt_kernels
 
 BLUE, ORANGE = "#2458a6", "#d9730d"
 Data = tuple[Tensor, Tensor]  # images [N, 1, 8, 8] in [0, 1], labels [N]
+
+# Of the processes that torchrun started; one that it did not start is alone.
+RANK, PROCESSES = 0, 1
+if distributed.is_available() and distributed.is_torchelastic_launched():
+    RANK, PROCESSES = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[Any]:
+    """Connects the processes, if there are several; gives their group, or None."""
+    if PROCESSES == 1:
+        yield None
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield distributed.group.WORLD
+    finally:
+        distributed.destroy_process_group()
+
+
+def share(count: int) -> slice:
+    """This process's part of `count` images, which are dealt evenly; it may be empty."""
+    return slice(count * RANK // PROCESSES, count * (RANK + 1) // PROCESSES)
+
+
+def summed(device: str, *numbers: float) -> list[float]:
+    """Each number summed over all processes."""
+    if PROCESSES == 1:
+        return list(numbers)
+    totals = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.all_reduce(totals)
+    return totals.tolist()
 
 
 class SpikingConv(nn.Module):
@@ -74,15 +115,18 @@ class SpikingConv(nn.Module):
 
 
 class SpikingNet(nn.Module):
-    """Three spiking convolutions and a linear readout: images [B, 1, 8, 8] -> logits [T, B, 10]."""
+    """Three spiking convolutions and a linear readout: images [B, 1, 8, 8] -> logits [T, B, 10].
 
-    def __init__(self, steps: int) -> None:
+    Processes of a `process_group` share their batch statistics.
+    """
+
+    def __init__(self, steps: int, process_group: Any = None) -> None:
         super().__init__()
         self.steps = steps
         # Direct encoding: an image is the same current at every step, so it is convolved once.
-        self.layer1 = SpikingConv(1, 32, steps=steps)
-        self.layer2 = SpikingConv(32, 64)
-        self.layer3 = SpikingConv(64, 64)
+        self.layer1 = SpikingConv(1, 32, steps=steps, process_group=process_group)
+        self.layer2 = SpikingConv(32, 64, process_group=process_group)
+        self.layer3 = SpikingConv(64, 64, process_group=process_group)
         self.readout = nn.Linear(64 * 4 * 4, 10)
 
     def spikes(self, images: Tensor) -> list[Tensor]:
@@ -133,34 +177,44 @@ def count_correct(logits: Tensor, labels: Tensor) -> int:
 def evaluate(model: SpikingNet, data: Data) -> float:
     """Accuracy in percent."""
     model.eval()
-    return 100 * count_correct(model(data[0]), data[1]) / len(data[1])
+    images, labels = data
+    mine = share(len(labels))
+    (correct,) = summed(images.device.type, count_correct(model(images[mine]), labels[mine]))
+    return 100 * correct / len(labels)
 
 
 def train(args: argparse.Namespace, model: SpikingNet, training: Data, test: Data) -> list[dict]:
     """Adam with a cosine schedule; returns loss and accuracies of every epoch."""
     images, labels = training
     loss_of = make_loss(args, model)
+    network = DistributedDataParallel(model) if PROCESSES > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     half = getattr(torch, args.amp) if args.amp else None
     # Gradients in float16 reach from 6e-8 to 65,504: scaled up, the small ones are not lost.
     scaler = torch.amp.GradScaler(args.device, enabled=half is torch.float16)
     history = []
-    bar = tqdm(range(1, args.epochs + 1), desc=args.method, unit="epoch")
+    bar = tqdm(range(1, args.epochs + 1), desc=args.method, unit="epoch", disable=RANK > 0)
     for epoch in bar:
         model.train()
         total_loss, correct = 0.0, 0
         for rows in torch.randperm(len(labels)).split(args.batch_size):
-            with torch.autocast(args.device, half, enabled=half is not None):
-                logits = model(shift(images[rows]))
-                loss = loss_of(logits, labels[rows])
+            # The random numbers are the whole batch's, the same ones in every process.
+            mine = share(len(rows))
+            target = labels[rows][mine]
+            with torch.autocast(images.device.type, half, enabled=half is not None):
+                logits = network(shift(images[rows])[mine])
+                loss = loss_of(logits, target) if len(target) else logits.sum()
+            # DDP averages over processes: so weighted, means over shares become the batch's.
+            loss = loss * (len(target) * PROCESSES / len(rows))
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            total_loss += loss.item() * len(rows)
-            correct += count_correct(logits, labels[rows])
+            total_loss += loss.item() * len(rows) / PROCESSES
+            correct += count_correct(logits, target)
         schedule.step()
+        total_loss, correct = summed(args.device, total_loss, correct)
         record = {
             "epoch": epoch,
             "loss": total_loss / len(labels),
@@ -277,7 +331,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         name = "cpu" if any(unavailable["cuda"].values()) else "cuda"
     if reasons := list(filter(None, unavailable[name].values())):
         parser.error(f"argument --backend: {name} cannot run here: {reasons[0]}")
+    if name == "reference" and PROCESSES > 1:
+        parser.error("argument --backend: reference shares no statistics between processes")
     args.device = "cuda" if name in ("cuda", "triton") else "cpu"
+    if RANK > 0:  # the first process writes
+        return args
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -296,15 +354,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, draws, and prints the test accuracy."""
     args = parse_arguments(argv)
     torch.manual_seed(args.seed)
-    (images, labels), test = load_data(args.device)
-    training = images[: args.limit], labels[: args.limit]
-    model = SpikingNet(args.steps).to(args.device)
 
-    with trt_kernels.use_backend(args.backend):
+    with process_group(args.device) as group, trt_kernels.use_backend(args.backend):
+        (images, labels), test = load_data(args.device)
+        training = images[: args.limit], labels[: args.limit]
+        model = SpikingNet(args.steps, group).to(args.device)
         start = time.perf_counter()
         with trt_kernels.pack_saved_spikes() if args.packed else nullcontext() as packing:
             history = train(args, model, training, test)
         seconds = time.perf_counter() - start
+        if RANK > 0:
+            return
         plot_spikes(model, test, args.out / "spikes.png")
     plot_curves(history, f"{args.method}, seed {args.seed}", args.out / "curves.png")
 

@@ -3,10 +3,15 @@
 import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.distributed_digits import keep_weights
 
 for needed in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
@@ -86,6 +91,71 @@ def test_the_first_convolution_runs_once_an_image(digits):
     layers = model.spikes(digits.torch.rand(5, 1, 8, 8))
     assert shapes == [5, 15]
     assert [tuple(s.shape[:3]) for s in layers] == [(3, 5, 32), (3, 5, 64), (3, 5, 64)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(run, digits, tmp_path, monkeypatch):
+    """The last batch is one image, of which the first process has none."""
+    options = ["--backend=cpu", "--epochs=2", "--steps=3", "--limit=34", "--batch-size=11"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    keep_weights(digits, one, monkeypatch.setattr)
+    alone = run(*options)
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(Path(__file__).parent / "distributed_digits.py"), str(two)]
+    written = ["--out", str(two), "--json", str(two / "result.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    two.mkdir()
+    done = subprocess.run(
+        [*command, *script, *options, *written],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("?epoch/s]") == 1  # one bar begins
+    said = r"test accuracy [\d.]+ % \(trt, 2 epochs, seed 0, \d+ s\)\n"
+    assert re.fullmatch(said, done.stdout)
+    assert (two / "curves.png").exists() and (two / "spikes.png").exists()
+
+    together = json.loads((two / "result.json").read_text())
+    assert together.keys() == alone.keys()
+    assert together["settings"].keys() == alone["settings"].keys()
+    for a, b in zip(together["history"], alone["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    load = digits.torch.load
+    start, expected = load(one / "start0.pt"), load(one / "end0.pt")
+    for rank in (0, 1):
+        end = load(two / f"end{rank}.pt")
+        for name, before in start.items():
+            moved = (expected[name] - before).double().norm()
+            assert moved > 0
+            assert (end[name] - expected[name]).double().norm() <= 1e-4 * moved, name
+
+
+def test_processes_deal_every_image_once(digits, monkeypatch):
+    monkeypatch.setattr(digits, "PROCESSES", 3)
+    for count in (0, 1, 2, 7, 9):
+        dealt = []
+        for rank in range(3):
+            monkeypatch.setattr(digits, "RANK", rank)
+            dealt += range(count)[digits.share(count)]
+        assert dealt == list(range(count))
+
+
+def test_a_process_among_several(digits, monkeypatch, tmp_path, capsys):
+    """Only the first writes, and all refuse what cannot share statistics."""
+    monkeypatch.setattr(digits, "PROCESSES", 2)
+    monkeypatch.setattr(digits, "RANK", 1)
+    folder, file = tmp_path / "pictures", tmp_path / "result.json"
+    options = ["--out", str(folder), "--json", str(file)]
+    digits.parse_arguments([*options, "--backend", "cpu"])
+    assert not folder.exists() and not file.exists()
+    with pytest.raises(SystemExit):
+        digits.parse_arguments([*options, "--backend", "reference"])
+    assert "argument --backend: reference shares no statistics" in capsys.readouterr().err
 
 
 def test_packed_spikes_train_the_same(run, capsys):

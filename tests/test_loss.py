@@ -259,6 +259,17 @@ def test_trt_loss(backend):
     assert "weight=0.01" in repr(loss)
 
 
+def test_trt_loss_of_weight_0_leaves_the_regularizer_out():
+    net = model()
+    loss = tk.TRTLoss(net, weight=0, delta=0.5, mse_ratio=0.05)
+    loss.regularized = None  # not even looked up
+    logits = torch.randn(6, 3, 4, requires_grad=True)
+    value = loss(logits, Y)
+    assert torch.equal(value, tk.temporal_loss(logits, Y, mse_ratio=0.05))
+    value.backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
 def test_trt_loss_sees_a_replaced_parameter():
     net = model()
     loss = tk.TRTLoss(net, weight=1.0, delta=0.5, mse_ratio=0.0)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops, packing
+from . import checks, ops, packing, sharding
 from .autograd import LIFCarried, LIFFunction, LIFSpikes, TemporalLossFunction, TRTPenaltyFunction
 from .backends import reference
 from .backends.native import PlainLIF
@@ -587,7 +587,10 @@ def trt_penalty(
 
     Args:
         params: floating tensors of any shapes on one device; a mixture of dtypes is summed in
-            float64 if any is float64, else in float32.
+            float64 if any is float64, else in float32. Of DTensors, sharded or replicated, each
+            process reads its own shards, and one all-reduce over each dimension of a mesh that
+            shards sums the value; the backward pass communicates nothing, and a gradient is placed
+            as its parameter. Ordinary tensors and replicas count once.
         steps: T >= 1.
         weight: λ.
         delta: δ >= 0. A δt that overflows makes its term and its derivative 0.
@@ -598,15 +601,22 @@ def trt_penalty(
         A scalar, float32 (float64 if any parameter is).
 
     Raises:
-        TypeError, ValueError: a wrong argument, named; an empty list.
+        TypeError, ValueError: a wrong argument, named; an empty list; a DTensor that is Partial, or
+            on a mesh without this process.
         RuntimeError: a backend that cannot serve, with the reason; double backward.
 
     Source: TRT (arXiv 2506.19256).
     """
     tensors, options = _penalty_arguments(params, steps, weight, delta, eps, backend)
+    if any(map(sharding.is_dtensor, tensors)):
+        return sharding.sum_over_shards(tensors, lambda own: _penalty(own, options))
+    return _penalty(tensors, options)
+
+
+def _penalty(params: list[Tensor], options: PenaltyOptions) -> Tensor:
     if options.backend == "reference":
-        return reference.trt_penalty(tensors, options)
-    value: Tensor = TRTPenaltyFunction.apply(options, *tensors)
+        return reference.trt_penalty(params, options)
+    value: Tensor = TRTPenaltyFunction.apply(options, *params)
     return value
 
 
@@ -623,11 +633,29 @@ def trt_penalty_(
 ) -> None:
     """Adds scale · ∂R/∂w of `trt_penalty` to every parameter's `.grad` in place, in one pass.
 
-    For training loops that do not report R: no graph, no scalar. Call it after `backward` and
-    before the optimizer's step; under a GradScaler give its scale as `scale`. Parameters
-    that do not require grad are left alone; a `.grad` of None is created.
+    For training loops that do not report R: no graph, no scalar, no buffer beside `.grad`. Call it
+    once a step, after the last `backward` and before clipping and the optimizer's step:
 
-    Args, Raises: as `trt_penalty`; scale: a finite float.
+        loss.backward()
+        trt_penalty_(params, steps=T, weight=1e-5, delta=0.25)
+        optimizer.step()
+
+    With a `torch.amp.GradScaler`, after `unscale_`:
+
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        trt_penalty_(params, steps=T, weight=1e-5, delta=0.25)
+        scaler.step(optimizer)
+        scaler.update()
+
+    or, where nothing calls `unscale_`, with `scale=scaler.get_scale()`, which waits for a GPU.
+
+    Parameters that do not require grad are left alone; a `.grad` of None is created; a parameter
+    that is listed twice gets it twice. Nothing is communicated: under DDP and FSDP2 the gradients
+    that `backward` leaves are means over the processes, to which every process adds the same.
+
+    Args, Raises: as `trt_penalty`; scale: a finite float; ValueError too for a parameter that is no
+    leaf, and for a DTensor's `.grad` that is not placed as the parameter is.
     """
     scale = checks.finite("scale", scale)
     tensors, options = _penalty_arguments(params, steps, weight, delta, eps, backend)
@@ -636,6 +664,8 @@ def trt_penalty_(
             raise ValueError(f"params[{index}]: not a leaf of the graph, so nobody reads its .grad")
         if p.grad is not None:
             checks.tensor(f"params[{index}].grad", p.grad)
+            if sharding.is_dtensor(p):
+                sharding.check_gradient(f"params[{index}].grad", p)
     tensors = [p for p in tensors if p.requires_grad]
     if not tensors:
         return
@@ -643,14 +673,18 @@ def trt_penalty_(
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     grads = [p.grad for p in tensors if p.grad is not None]
+    if wholes := [grad for grad in grads if sharding.is_dtensor(grad)]:
+        tensors, grads = (list(map(sharding.local, several)) for several in (tensors, grads))
     if options.backend != "reference":
         trt_penalty_accumulate(tensors, grads, scale, options)
-        return
-    with torch.enable_grad():
-        leaves = [p.detach().requires_grad_() for p in tensors]
-        added = torch.autograd.grad(scale * reference.trt_penalty(leaves, options), leaves)
-    for grad, more in zip(grads, added, strict=True):
-        grad.add_(more)
+    else:
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in tensors]
+            added = torch.autograd.grad(scale * reference.trt_penalty(leaves, options), leaves)
+        for grad, more in zip(grads, added, strict=True):
+            grad.add_(more)
+    if wholes:  # a DTensor counts its changes apart from the tensor that it holds
+        torch.autograd.graph.increment_version(wholes)
 
 
 def _penalty_arguments(
@@ -664,6 +698,8 @@ def _penalty_arguments(
     for index, p in enumerate(tensors):
         checks.tensor(f"params[{index}]", p)
         checks.same_device(f"params[{index}]", p, "params[0]", tensors[0])
+        if sharding.is_dtensor(p):
+            sharding.check_parameter(f"params[{index}]", p)
     options = PenaltyOptions(
         steps=checks.steps(steps),
         weight=checks.finite("weight", weight),

@@ -43,7 +43,8 @@ class TRTLoss(nn.Module):
 
     Args:
         parameters: an `nn.Module`, or (name, tensor) pairs as `named_parameters()` gives.
-        weight: λ of the regularizer.
+        weight: λ of the regularizer. 0 leaves it out, at no cost, as a loop wants it that calls
+            `trt_penalty_(loss.regularized(), steps=T, weight=..., delta=...)` after the backward.
         delta: δ >= 0 of the regularizer.
         mse_ratio: η in [0, 1].
         eps: ε >= 0.
@@ -92,6 +93,8 @@ class TRTLoss(nn.Module):
         loss = temporal_loss(
             logits, target, mse_ratio=self.mse_ratio, time_dim=self.time_dim, **self.loss_options
         )
+        if self.weight == 0:
+            return loss
         return loss + trt_penalty(
             self.regularized(),
             steps=logits.shape[self.time_dim],
