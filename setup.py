@@ -1,11 +1,13 @@
 """Builds the core with CMake; everything else about the package is in pyproject.toml.
 
 Environment: TRT_KERNELS_CUDA=0|1 forbids or demands the CUDA part, which is built otherwise where
-nvcc is found; TRT_KERNELS_CUDA_ARCHS (or TORCH_CUDA_ARCH_LIST) chooses its architectures.
+nvcc is found; TRT_KERNELS_CUDA_ARCHS (or TORCH_CUDA_ARCH_LIST) chooses its architectures;
+CMAKE_ARGS has further arguments for CMake.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,8 +104,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTRT_KERNELS_CUDA_MISSING={missing}",
             f"-DTRT_KERNELS_WITH_CUDA={'ON' if nvcc else 'OFF'}",
-            # One instruction-set level: a third of the build, for who tests installing.
-            f"-DTRT_KERNELS_ONLY_BASELINE={os.environ.get('TRT_KERNELS_ONLY_BASELINE', 'OFF')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         if nvcc:
             configure += [

@@ -111,7 +111,8 @@ def test_gradients_are_those_of_the_reference_in_float64(charge, backend):
 def test_gradcheck_where_smooth(backend):
     """Without spikes, and without a surrogate's slope, the gradient is that of differences."""
     x = torch.rand(4, 2, 3, dtype=torch.float64) * 0.3 + 0.05
-    for charge in charges("hard"):
+    # Triton's interpreter is slow, and a form of charge is the same whatever it divides by.
+    for charge in ("leak", "divide") if backend == "triton" else charges("hard"):
         leaves = leaves_of(x, 0, 3)
 
         def smooth(x, v_init, decay, v_reset, charge=charge):

@@ -74,6 +74,8 @@ def test_constant_current_in_other_layouts(backend):
 # --- Bits.
 @pytest.mark.parametrize("charge", charges("hard"))
 def test_bits_give_the_same_gradients(charge, backend):
+    if backend == "triton" and charge not in ("decay", "leak_divide"):
+        pytest.skip("its interpreter is slow")
     for (reset, detach), (shape, time_dim, channel_dim) in itertools.product(
         (("hard", True), ("soft", False), ("soft", True), ("none", False)),
         (((4, 3, 5, 7), 0, 2), ((3, 17, 6), 1, 2), ((3, 40, 7), 0, 2), ((5, 1), 0, None)),

@@ -106,7 +106,7 @@ std::vector<F> growths(const LIFSettings& settings, Index steps) {
 template <class F>
 Index block_width(const LIFShape& shape, Index column_elements, int threads) {
   constexpr Index kBytes = 4 * 1024 * 1024;
-  const Index wanted = shape.steps <= 16 ? 256 : shape.steps <= 256 ? 1024 : 2048;
+  const Index wanted = shape.steps > 256 || shape.steps == 1 ? 2048 : shape.steps > 16 ? 1024 : 256;
   const Index fits = kBytes / static_cast<Index>(sizeof(F)) / column_elements;
   const Index shared = ceil_div(shape.neurons(), threads);
   // A tile's columns are sums of their own, whose order is that of its blocks: of the shape alone.

@@ -37,8 +37,8 @@ struct Rules {
   int potential;  // phi in `Potentials`, -1 for the spike
   bool detach_reset;
   bool fire_at_threshold;
-  bool divides;         // by tau
-  bool scales_input;    // so that the gradient of its factor needs x
+  bool divides;       // by tau
+  bool scales_input;  // so that the gradient of its factor needs x
   F surrogate_parameter, eps, scale;
 };
 

@@ -17,11 +17,11 @@
 namespace trt {
 
 #if defined(__SANITIZE_THREAD__)
-constexpr int kEvery = 16;  // of the cases: every CUDA thread is a real one, or they take minutes
+constexpr int kEvery = 24;  // of the cases: every CUDA thread is a real one, or they take minutes
 #elif defined(__SANITIZE_ADDRESS__)
-constexpr int kEvery = 4;
+constexpr int kEvery = 6;
 #else
-constexpr int kEvery = 1;
+constexpr int kEvery = 2;
 #endif
 
 // Threads of the CPU; 0 stands for CUDA. ThreadSanitizer sees no barrier of OpenMP, so no races

@@ -10,7 +10,7 @@ namespace {
 using namespace trt;
 
 const char* const kCharges[] = {"decay", "divide",      "leak", "leak_divide",
-                                 "rest",  "rest_divide", "box",  "delayed"};
+                                "rest",  "rest_divide", "box",  "delayed"};
 const char* const kResets[] = {"hard", "soft", "none"};
 const char* const kSurrogates[] = {"triangle",  "sigmoid",      "atan",
                                    "rectangle", "fast_sigmoid", "signed_step"};
