@@ -492,3 +492,72 @@ def test_a_copy_is_accelerated_on_request():
 def test_bad_arguments(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+# --- With the rest of PyTorch.
+@pytest.mark.parametrize("fuse", (False, True))
+def test_compiled_networks_have_no_graph_break(fuse):
+    net = spikingjelly_net(neuron.ParametricLIFNode, v_threshold=0.3)
+    tk.accelerate(net, fuse_batch_norm=fuse)
+    eager = copy.deepcopy(net)
+    x = torch.randn(4, 3, 2, 6, 6)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # the state goes on
+        out, expected = compiled(x), eager(x)
+        assert torch.equal(out, expected)
+    a, b = gradients(net, out.sum()), gradients(eager, expected.sum())
+    for g, h in zip(a, b, strict=True):
+        assert (g - h).norm() <= 1e-5 * h.norm() + 1e-6
+
+
+def test_compiled_loops_of_single_steps():
+    leaky = nn.Sequential(nn.Linear(6, 4), snntorch.Leaky(0.9, init_hidden=True))
+    tk.accelerate(leaky)
+    eager = copy.deepcopy(leaky)
+    compiled = torch.compile(leaky, fullgraph=True, backend="aot_eager")
+    for x in torch.rand(3, 2, 6) * 3:
+        assert torch.equal(compiled(x), eager(x))
+    official_net = nn.Sequential(nn.Linear(6, 4), official.LIFNode())
+    tk.accelerate(official_net)
+    x = torch.rand(2, 5, 6) * 3
+    compiled = torch.compile(official_net, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), official_net(x))
+
+
+@pytest.mark.parametrize("fuse", (False, True))
+def test_autocast(fuse):
+    net = spikingjelly_net(v_threshold=0.3, decay_input=False)
+    tk.accelerate(net, fuse_batch_norm=fuse)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(torch.randn(4, 3, 2, 6, 6))
+    assert out.dtype == torch.bfloat16 and net[2].v.dtype == torch.float32
+    out.sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_a_batch_norm_that_was_exchanged_is_noticed():
+    net = spikingjelly_net()
+    tk.accelerate(net, fuse_batch_norm=True)
+    other = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    with pytest.raises(RuntimeError, match="called without the BatchNorm"):
+        other.eval()[2](torch.rand(4, 3, 8, 6, 6))
+    net = spikingjelly_net()
+    tk.accelerate(net, fuse_batch_norm=True)
+    functional.set_step_mode(net, "s")
+    net[1].step_mode = "m"
+    with pytest.raises(RuntimeError, match="step_mode: a neuron and the BatchNorm joined"):
+        net[:3](torch.rand(3, 2, 6, 6))
+
+
+def test_copies_of_accelerated_leaky():
+    leaky = snntorch.Leaky(0.9, reset_mechanism="zero", init_hidden=True)
+    tk.accelerate(leaky)
+    x = torch.rand(4, 3, 6) * 3
+    with torch.no_grad():
+        for current in x[:2]:
+            leaky(current)
+        other = copy.deepcopy(leaky)
+        for current in x[2:]:
+            assert torch.equal(leaky(current), other(current))
+    assert type(tk.restore(other)) is snntorch.Leaky
+    assert not {"_numbers", "_after_reset", "_our_surrogate"} & vars(other).keys()

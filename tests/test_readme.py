@@ -14,7 +14,9 @@ PAGES = sorted(
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_code_blocks_run(page):
     namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+    text = (ROOT / page).read_text()
+    # What a block takes for granted stands before it in a comment.
+    for block in re.findall(r"(?:```python|<!-- setup)\n(.*?)(?:```|-->)", text, re.DOTALL):
         exec(compile(block, str(page), "exec"), namespace)
 
 

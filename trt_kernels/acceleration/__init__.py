@@ -150,7 +150,9 @@ def accelerate(
         )
     for module, mixin in plan.items():
         if not isinstance(module, Served):
-            module.__class__ = served_class(mixin, type(module))
+            served: Any = module
+            served.__class__ = served_class(mixin, type(module))
+            served._begin()
     if fuse_batch_norm:
         _join(report, libraries, plan)
     return report
@@ -192,7 +194,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Served):
             kind: Any = type(module)
-            for name in ("_joined", "_waits", "in_steps", *kind.caches):
+            for name in ("_joined", "_waits", "in_steps", "_our_surrogate", *kind.caches):
                 vars(module).pop(name, None)
             module.__class__ = kind.original
     return model

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import presets
 from ..functional import lif
-from .served import Served
+from .served import Served, uncached
 
 _ATTRIBUTES = ("v_threshold", "v_reset", "tau", "surrogate_type", "surrogate_param")
 _preset = lru_cache(maxsize=256)(presets.official_trt)
@@ -29,7 +29,9 @@ class LIFNode(Served):
 
     @staticmethod
     def _options(node: Any) -> dict[str, Any]:
-        options: dict[str, Any] = _preset(**{name: getattr(node, name) for name in _ATTRIBUTES})
+        options: dict[str, Any] = uncached(_preset)(
+            **{name: getattr(node, name) for name in _ATTRIBUTES}
+        )
         return options
 
     @classmethod

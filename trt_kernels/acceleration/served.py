@@ -6,6 +6,7 @@ back is to give the class back.
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import batch_norm_lif, lif, lif_step
@@ -25,6 +26,9 @@ class Served(nn.Module):
     def why_not(cls, module: nn.Module) -> str | None:
         """The setting that prevents a module of the library's class to be served, or None."""
         raise NotImplementedError
+
+    def _begin(self) -> None:
+        """What is prepared as the class is given, for torch.compile, which could not trace it."""
 
     def _lif(self, x: Tensor, *, time_dim: int = 0, **options: Any) -> Any:
         """`lif` of x, with the joined BatchNorm before it."""
@@ -88,6 +92,11 @@ class Deferred(Served):
             raise RuntimeError(
                 "step_mode: a neuron and the BatchNorm joined with it are in different step modes"
             )
+
+
+def uncached(function: Any) -> Any:
+    """What an `lru_cache` wraps, under torch.compile, which traces no cache."""
+    return function.__wrapped__ if torch.compiler.is_compiling() else function
 
 
 _classes: dict[tuple[Any, Any], Any] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import presets
 from ..checks import state_dtype
 from ..surrogates import ATan, FastSigmoid, Sigmoid, SignedStep, Surrogate
-from .served import Served
+from .served import Served, uncached
 
 # A surrogate of snnTorch is a function made by another, of whose argument it is a closure.
 _SURROGATES: dict[str, tuple[str, Any]] = {
@@ -42,7 +42,10 @@ def our_surrogate(theirs: Any) -> Surrogate:
 class Leaky(Served):
     """The state stays in the library's buffer `mem`, the potential before its delayed reset."""
 
-    caches = ("_numbers", "_our_surrogate", "_after_reset")
+    caches = ("_numbers", "_after_reset")
+
+    def _begin(self) -> None:
+        self._surrogate()
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -89,7 +92,7 @@ class Leaky(Served):
         leaky: Any = self
         beta, threshold = self._number("beta"), self._number("threshold")
         learned = isinstance(beta, Tensor) or isinstance(threshold, Tensor)
-        options: dict[str, Any] = (presets.snntorch_leaky if learned else _preset)(
+        options: dict[str, Any] = (presets.snntorch_leaky if learned else uncached(_preset))(
             beta,
             threshold=threshold,
             reset_mechanism=leaky.reset_mechanism,
@@ -130,7 +133,10 @@ class Leaky(Served):
         mem = out.potential if resets else out.state
         if resets:
             self.__dict__["_after_reset"] = (mem, mem._version, out.state)
-        self._buffers["mem"] = mem  # by its way through `__setattr__` a step takes longer
+        if torch.compiler.is_compiling():
+            leaky.mem = mem
+        else:
+            self._buffers["mem"] = mem  # by way of `__setattr__` a step takes longer
         return out.spikes if leaky.init_hidden and not leaky.output else (out.spikes, mem)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import presets
 from ..checks import state_dtype
 from ..surrogates import ATan, Rectangle, Sigmoid, Surrogate, Triangle
-from .served import Served
+from .served import Served, uncached
 
 # A surrogate as one of ours, from the parameters of the library's.
 _SURROGATES: dict[type, Any] = {
@@ -30,7 +30,8 @@ def our_surrogate(theirs: Any) -> Surrogate:
         raise ValueError(f"surrogate_function: got {kind.__name__}, needs one of {names}")
     if not theirs.spiking:
         raise ValueError("surrogate_function: its spiking is False, needs True")
-    return _converted(kind, tuple(theirs._sg_params.values()))
+    ours: Surrogate = uncached(_converted)(kind, tuple(theirs._sg_params.values()))
+    return ours
 
 
 @lru_cache(maxsize=256)
@@ -60,7 +61,7 @@ class _Node(Served):
     @classmethod
     def _options(cls, node: Any) -> dict[str, Any]:
         """Those of `lif`, from the attributes as they are now."""
-        return _preset(
+        options: dict[str, Any] = uncached(_preset)(
             cls.preset,
             v_threshold=node.v_threshold,
             v_reset=node.v_reset,
@@ -68,6 +69,7 @@ class _Node(Served):
             surrogate=our_surrogate(node.surrogate_function),
             **{name: getattr(node, name) for name in cls.own},
         )
+        return options
 
     def _learned(self) -> dict[str, Any]:
         return {}
