@@ -374,6 +374,10 @@ CASES = (
     ("lif_options", "test_constant", ((130,), 3), 9 * 4 * 130, 4 * 130),
     ("lif_options", "test_rates", (FLAT,), 8 * 390, None),
     ("packing", "test_training", ((2, 3, 3, 8, 8), SINGLE), 32 * 160 * 384, None),
+    ("acceleration", "test_loops", ((3, 2, 5), "subtract"), 44 * 30, None),
+    ("acceleration", "test_loops", ((3, 2, 5), "zero"), 44 * 30, None),
+    # SEW-ResNet-18 has 50,688 neurons for 32×32 pixels; two images, two timesteps.
+    ("acceleration", "test_networks", ("sew_resnet18", (2, 2, 3, 32, 32)), 20 * 4 * 50688, None),
 )
 
 
