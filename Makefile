@@ -42,7 +42,7 @@ test-cpp: on-host
 	for sanitizer in address,undefined thread; do \
 	  folder=build/$$sanitizer && \
 	  $(CONFIGURE_TESTS) -B $$folder -DTRT_KERNELS_WITH_PYTHON=OFF \
-	    -DTRT_KERNELS_SANITIZE=$$sanitizer -DTRT_KERNELS_OPTIMIZE=1 && \
+	    -DTRT_KERNELS_SANITIZE=$$sanitizer -DTRT_KERNELS_OPTIMIZE=0 && \
 	  $(BIN)/cmake --build $$folder && \
 	  $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done

@@ -1,7 +1,9 @@
 """`accelerate`: networks of other libraries, against themselves."""
 
 import copy
+import itertools
 import pickle
+import re
 
 import pytest
 import torch
@@ -269,7 +271,7 @@ def test_what_is_not_safe_is_not_joined():
         "read_twice": "something else reads",
         "called_twice": "called more than once",
         "shared": "shared by several modules",
-        "hooked": "a hook",
+        "hooked": "a hook may see",
         "synced": "it is a SyncBatchNorm",
     }
     for name, reason in reasons.items():
@@ -291,10 +293,101 @@ class Looping(nn.Module):
 def test_models_without_a_graph():
     net = Looping()
     report = tk.accelerate(net, fuse_batch_norm=True)
-    assert report.joined == {"block.1": "block.2", "block.4": "block.5"}
+    assert not report.joined and len(report.replaced) == 3
     assert "no graph of it: TraceError" in report.not_joined[""]
+    assert "(the model itself): not joined: no graph" in str(report)
+
+
+class Reading(nn.Module):
+    """A model that reads the BatchNorm's output, or changes its input, in one of many ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.calls, self.kept, self.last = how, 0, [], None
+        self.conv, self.norm = layer.Conv2d(2, 8, 3), layer.BatchNorm2d(8)
+        self.neuron = neuron.IFNode()
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.conv(x)
+        y = self.norm(x)
+        if self.how == "evaluation" and not self.training:
+            return self.neuron(y) + y
+        if self.how == "attribute":
+            self.last = y
+        if self.how == "list":
+            self.kept.append(y)
+        if self.how == "input":
+            x += 1
+        return self.neuron(y)
+
+
+def hook(*_):
+    pass
+
+
+@pytest.mark.parametrize(
+    "how,reason",
+    (
+        ("evaluation", "training and evaluation differ|something else reads its output"),
+        ("attribute", "something else reads its output"),
+        ("list", "something else reads its output"),
+        ("input", "something else reads its input"),
+        ("neuron hook", "a hook may see"),
+        ("norm hook", "a hook may see"),
+        ("gradient hook", "a hook may see"),
+    ),
+)
+def test_what_reads_a_batch_norm_is_found(how, reason):
+    net = Reading(how)
+    if how == "neuron hook":
+        net.neuron.register_forward_hook(hook)
+    if how == "norm hook":
+        net.norm.register_forward_pre_hook(hook)
+    if how == "gradient hook":
+        net.norm.register_full_backward_hook(hook)
+    hooks = list(net.neuron._forward_hooks), list(net.norm._backward_hooks)
+    for training in (True, False):
+        report = tk.accelerate(net.train(training), fuse_batch_norm=True)
+        assert re.search(reason, report.not_joined["norm"]) and not report.joined
+        assert net.calls == 0 and net.kept == [] and net.last is None
+        assert net.training == net.norm.training == training
+    assert (list(net.neuron._forward_hooks), list(net.norm._backward_hooks)) == hooks
+    safe = Reading("")
+    assert tk.accelerate(safe, fuse_batch_norm=True).joined == {"norm": "neuron"}
+
+
+def test_a_hook_round_the_batch_norm_alone():
+    block = nn.Sequential(layer.Conv2d(2, 8, 3), layer.BatchNorm2d(8))
+    net = nn.Sequential(block, neuron.IFNode())
+    for module in (net, block):
+        module.register_forward_hook(hook)
+        joined = tk.accelerate(copy.deepcopy(net), fuse_batch_norm=True).joined
+        assert bool(joined) == (module is net)
+
+
+def test_batch_norms_that_are_called_apart_are_noticed():
+    def joined():
+        net = spikingjelly_net()
+        tk.accelerate(net, fuse_batch_norm=True)
+        return net
+
+    x = torch.rand(2, 3, 2, 6, 6)
+    net = joined()
+    net[:2](x)
+    with pytest.raises(RuntimeError, match="and then its neuron was not"):
+        net[:2](x)
+    net(x)  # goes on
     with pytest.raises(RuntimeError, match="called without the BatchNorm"):
-        net.block[2](torch.rand(2, 3, 8, 4, 4))
+        net[2](torch.rand(2, 3, 8, 6, 6))
+    with torch.no_grad():
+        y = net[:2](x)
+    with pytest.raises(RuntimeError, match="under no_grad"):
+        net[2](y)
+    with pytest.raises(RuntimeError, match="functional_forward"):
+        net[2].functional_forward((y,), (0.0,))
+    tk.restore(net[2])
+    assert type(net[1]) is layer.BatchNorm2d and type(net[4]) is not layer.BatchNorm2d
 
 
 # --- snnTorch.
@@ -494,6 +587,133 @@ def test_bad_arguments(call, message):
         call()
 
 
+class Raising(official.LIFNode):
+    def forward(self, x, labels):
+        return x
+
+
+Raising.__name__ = "LIFNode"
+
+
+def test_an_official_neuron_is_tried_in_any_mode():
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert tk.accelerate(official.LIFNode()).replaced
+    seen = []
+    node = official.LIFNode()
+    node.register_forward_hook(lambda *_: seen.append(1))
+    assert tk.accelerate(node).replaced and not seen and node.mem == 0
+    assert "its forward fails on a small input: TypeError" in tk.accelerate(Raising()).left[""]
+
+
+# --- What users do to a snnTorch neuron afterwards.
+def both_leaky(**options):
+    # Not a copy: the library has a list of all that were constructed.
+    theirs, ours = (
+        snntorch.Leaky(**{"beta": 0.9, "init_hidden": True, **options}) for _ in range(2)
+    )
+    tk.accelerate(ours, strict=True)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("reset", ("subtract", "zero"))
+def test_changed_states_and_settings_are_seen(reset):
+    def detach(leaky):
+        leaky.mem.detach_()
+
+    def detach_hidden(leaky):
+        type(leaky).detach_hidden()
+
+    def data(leaky):
+        leaky.mem.data.zero_()
+
+    def threshold(leaky):
+        leaky.threshold.data.fill_(0.3)
+
+    def beta(leaky):
+        leaky.beta.data = torch.tensor(0.3)
+
+    def in_place(leaky):
+        leaky.beta.fill_(0.7)
+
+    def setting(leaky):
+        leaky.reset_mechanism = "none"  # which the library does not look at again
+
+    changes = (detach, detach_hidden, data, threshold, beta, in_place, setting)
+    for change, learn in itertools.product(changes, (False, True)):
+        if learn and change is in_place:
+            continue  # autograd refuses it
+        pair = both_leaky(reset_mechanism=reset, learn_threshold=learn)
+        x = torch.rand(4, 3, 6, generator=torch.Generator().manual_seed(1)) * 3
+        results = []
+        for leaky in pair:
+            leaf = x.clone().requires_grad_()
+            spikes = [leaky(leaf[0]), leaky(leaf[1])]
+            change(leaky)
+            spikes += [leaky(leaf[2]), leaky(leaf[3])]
+            loss = leaky.mem.sum() + torch.stack(spikes).sum()
+            results.append((torch.stack(spikes), leaky.mem, torch.autograd.grad(loss, leaf)[0]))
+        (a, m, g), (b, n, h) = results
+        assert torch.equal(a, b) and torch.equal(m, n), change.__name__
+        assert (g - h).norm() < 1e-5 * g.norm(), change.__name__
+
+
+def test_settings_that_are_switched_on_afterwards_raise():
+    x = torch.rand(3, 6)
+    for name, value in (
+        ("inhibition", True),
+        ("state_quant", torch.round),
+        ("reset_delay", False),
+        ("graded_spikes_factor", torch.tensor(2.0)),
+    ):
+        _, leaky = both_leaky()
+        leaky(x)
+        setattr(leaky, name, value)
+        with pytest.raises(ValueError, match=f"{name}: got .*restore"):
+            leaky(x)
+    node = neuron.LIFNode()
+    tk.accelerate(node)
+    node._neuron_precision = (torch.float16, "fp32", "fp32")
+    with pytest.raises(ValueError, match="its precision is set"):
+        node(x)
+
+
+@pytest.mark.parametrize("reset", ("subtract", "zero"))
+def test_inference_mode(reset):
+    x = torch.rand(3, 6) * 3
+    with torch.inference_mode():
+        theirs, ours = both_leaky(reset_mechanism=reset)
+        for _ in range(3):
+            assert torch.equal(theirs(x), ours(x))
+    theirs, ours = both_leaky(reset_mechanism=reset)
+    node = neuron.LIFNode()
+    tk.accelerate(node)
+    with torch.inference_mode():
+        theirs(x), ours(x), node(x)
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(theirs(leaf), ours(leaf))
+    (ours(leaf).sum() + node(leaf).sum()).backward()  # from the states of before
+
+
+def test_dtypes_of_snntorch():
+    theirs, ours = both_leaky(output=True)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for net in (theirs, ours):
+            net.mem = torch.zeros(0)
+        a, b = theirs(torch.rand(3, 6).to(dtype)), ours(torch.rand(3, 6).to(dtype))
+        assert a[0].dtype == b[0].dtype == torch.float32
+    _, ours = both_leaky(beta=torch.rand(6, dtype=torch.float64))
+    ours(torch.rand(3, 6))
+    with pytest.raises(ValueError, match=r"beta: got dtype torch\.float64"):
+        ours(torch.rand(3, 6))
+    _, ours = both_leaky()
+    ours(torch.rand(3, 6).double())
+    with pytest.raises(ValueError, match=r"mem: got dtype torch\.float64"):
+        ours(torch.rand(3, 6))
+    whole = snntorch.Leaky(0.9, threshold=torch.ones(6, dtype=torch.int64))
+    assert "threshold: got dtype torch.int64" in tk.accelerate(whole).left[""]
+
+
 # --- With the rest of PyTorch.
 @pytest.mark.parametrize("fuse", (False, True))
 def test_compiled_networks_have_no_graph_break(fuse):
@@ -560,4 +780,4 @@ def test_copies_of_accelerated_leaky():
         for current in x[2:]:
             assert torch.equal(leaky(current), other(current))
     assert type(tk.restore(other)) is snntorch.Leaky
-    assert not {"_numbers", "_after_reset", "_our_surrogate"} & vars(other).keys()
+    assert not {"_numbers", "_our_surrogate"} & vars(other).keys()

@@ -248,8 +248,16 @@ def lif_step(
     out = lif(
         x.unsqueeze(0), **options, v_init=v, return_state=True, return_potential=return_potential
     )
-    potential = None if out.potential is None else out.potential.squeeze(0)
-    return LIFOutput(out.spikes.squeeze(0), out.state, None, potential, None)
+    return single(out)
+
+
+def single(out: LIFOutput) -> LIFOutput:
+    """What one timestep of time_dim 0 returned, without time; no views, which have no detach_()."""
+    spikes, potential = (
+        None if t is None else t.squeeze(0).clone() for t in (out.spikes, out.potential)
+    )
+    assert spikes is not None
+    return out._replace(spikes=spikes, potential=potential)
 
 
 def _short_step(x: Tensor, options: dict[str, Any], return_potential: bool) -> PlainLIF | None:

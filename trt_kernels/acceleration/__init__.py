@@ -109,9 +109,11 @@ def accelerate(
         inplace: False for a deep copy, the report's `model`.
         strict: raise where a neuron is left, before anything is changed.
         fuse_batch_norm: also let a neuron do the BatchNorm before it, in `batch_norm_lif`: where a
-            torch.fx graph of the model shows that only this neuron reads its output, once. Both
-            stay where they are. Spikes are those of the same mean and deviation, computed another
-            way: about one in 10⁴ differs. A model without a graph is searched child by child.
+            torch.fx graph of the model shows that only this neuron reads its output, once, in
+            training and in evaluation. Both stay where they are. Spikes are those of the same mean
+            and deviation, computed another way: about one in 10⁴ differs. What is called with
+            BatchNorm and neuron apart, or hooked between them, later on is no longer the model that
+            was looked at: the first mostly raises, hooks see what is not normalised.
 
     Returns:
         What was replaced by what, and what was left and why.
@@ -164,7 +166,7 @@ def _join(report: AccelerationReport, libraries: Any, plan: dict[nn.Module, Any]
         for module in plan
         if module._joined is None
     }
-    pairs, reasons, failures = find_pairs(
+    pairs, reasons = find_pairs(
         report.model,
         neurons,
         tuple(norm for library in libraries for norm in library.BATCH_NORMS),
@@ -176,11 +178,7 @@ def _join(report: AccelerationReport, libraries: Any, plan: dict[nn.Module, Any]
         norm.in_steps = in_steps  # type: ignore[assignment]
         neuron._joined = (norm,)  # type: ignore[assignment]
         report.joined[names[norm]] = names[neuron]
-    for norm, reason in reasons.items():
-        report.not_joined[names[norm]] = reason
-    for failure in failures:
-        name, _, reason = failure.partition(": ")
-        report.not_joined["" if name == "the model" else name] = f"no graph of it: {reason}"
+    report.not_joined = {names[module]: reason for module, reason in reasons.items()}
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -191,10 +189,12 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, needs a torch.nn.Module")
-    for module in model.modules():
-        if isinstance(module, Served):
-            kind: Any = type(module)
-            for name in ("_joined", "_waits", "in_steps", "_our_surrogate", *kind.caches):
-                vars(module).pop(name, None)
-            module.__class__ = kind.original
+    served = [module for module in model.modules() if isinstance(module, Served)]
+    # The BatchNorm of a neuron that is restored by itself must work again, too.
+    served += [norm for module in served for norm in module._joined or ()]
+    for module in dict.fromkeys(served):
+        kind: Any = type(module)
+        for name in ("_joined", "_waits", "in_steps", *kind.caches):
+            vars(module).pop(name, None)
+        module.__class__ = kind.original
     return model

@@ -3,12 +3,15 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Types = tuple[type[nn.Module], ...]
 
 
 class Pair(NamedTuple):
@@ -33,7 +36,7 @@ class _Tracer(fx.Tracer):
         return own or super().is_leaf_module(module, name)
 
 
-def is_container(module: nn.Module, known: tuple[type[nn.Module], ...]) -> bool:
+def is_container(module: nn.Module, known: Types) -> bool:
     """Whether it runs layers without time on x [T, B, *] or [B, T, *], as if all were a batch."""
     if type(module) in known:
         return True
@@ -53,31 +56,39 @@ def _last_layer(container: nn.Module) -> nn.Module | None:
     return layers
 
 
-def _graphs(
-    module: nn.Module, tracer: _Tracer, failures: list[str], name: str = ""
-) -> Iterator[tuple[fx.Graph, nn.Module]]:
-    """The graph of a module; where it has none, those of its children."""
+@contextmanager
+def _left_as_it_is(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in a mode, without hooks; afterwards with every attribute that it had before."""
+    before = {}
+    for module in model.modules():
+        attributes = vars(module)
+        contents = {k: list(v) for k, v in attributes.items() if type(v) is list}
+        before[module] = dict(attributes), contents
+        attributes.update({"training": training, **{name: {} for name in _HOOKS}})
     try:
-        graph = tracer.trace(module)
-    except Exception as error:  # whatever the model's own code raises on a stand-in for a tensor
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        failures.append(f"{name or 'the model'}: {type(error).__name__}: {reason}")
-        for child_name, child in module.named_children():
-            if not tracer.is_leaf_module(child, child_name):
-                inner = f"{name}.{child_name}" if name else child_name
-                yield from _graphs(child, tracer, failures, inner)
-        return
-    yield graph, module
+        yield
+    finally:
+        for module, (attributes, contents) in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():
+                attributes[name][:] = content
+
+
+def _stored(model: nn.Module) -> set[fx.Node]:
+    """What the traced forward has left in attributes of its modules."""
+    values: list[Any] = []
+    for module in model.modules():
+        for value in vars(module).values():
+            values += value if isinstance(value, (list, tuple)) else [value]
+    return {value.node for value in values if isinstance(value, fx.Proxy)}
 
 
 def find_pairs(
-    model: nn.Module,
-    neurons: dict[nn.Module, bool],
-    norms: tuple[type[nn.Module], ...],
-    containers: tuple[type[nn.Module], ...],
-) -> tuple[list[Pair], dict[nn.Module, str], list[str]]:
-    """The pairs that are safe to join; the reasons of BatchNorms before a neuron that are not; and
-    which modules have no graph.
+    model: nn.Module, neurons: dict[nn.Module, bool], norms: Types, containers: Types
+) -> tuple[list[Pair], dict[nn.Module, str]]:
+    """The pairs that are safe to join, in training and in evaluation; and BatchNorms before a
+    neuron that are not, with the reason. `model` is among these where it has no graph.
 
     Args:
         neurons: those that are served, and whether each has time.
@@ -86,46 +97,70 @@ def find_pairs(
     contain = {m for m in model.modules() if is_container(m, containers)}
     norms_there = {m for m in model.modules() if isinstance(m, (*norms, *_PLAIN))}
     tracer = _Tracer(contain | norms_there | set(neurons))
-    names = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    pairs: list[Pair] = []
+    names = dict(model.named_modules(remove_duplicate=False))
+    shared = Counter(map(id, names.values()))
+    found: list[list[Pair]] = []
     reasons: dict[nn.Module, str] = {}
-    failures: list[str] = []
-    for graph, root in _graphs(model, tracer, failures):
-        modules = dict(root.named_modules(remove_duplicate=False))
-        calls = Counter(id(modules[n.target]) for n in graph.nodes if n.op == "call_module")
+    for training in (True, False):
+        pairs: list[Pair] = []
+        with _left_as_it_is(model, training):
+            try:
+                graph = tracer.trace(model)
+            except Exception as error:  # whatever the model's code raises on a stand-in of a tensor
+                first = (str(error).strip().splitlines() or [""])[0]
+                return [], {model: f"no graph of it: {type(error).__name__}: {first}"}
+            stored = _stored(model)
+        calls = Counter(id(names[n.target]) for n in graph.nodes if n.op == "call_module")
         for node in graph.nodes:
-            if node.op != "call_module" or modules[node.target] not in neurons:
+            if node.op != "call_module" or names[node.target] not in neurons:
                 continue
-            neuron = modules[node.target]
+            neuron = names[node.target]
             before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
             if not isinstance(before, fx.Node) or before.op != "call_module":
                 continue
-            source = modules[before.target]
+            source = names[before.target]
             contained = source in contain
             norm = _last_layer(source) if contained else source
             if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 continue
             reason = _why_not(norm, neuron, neurons[neuron], contained, norms)
-            if reason is None and len(before.users) > 1:
+            if len(before.users) > 1 or before in stored:
                 reason = "something else reads its output too"
-            if reason is None and max(calls[id(source)], calls[id(neuron)]) > 1:
+            elif not contained and len(before.all_input_nodes[0].users) > 1:
+                reason = "something else reads its input too, and may change it"
+            elif max(calls[id(source)], calls[id(neuron)]) > 1:
                 reason = "it, or the neuron after it, is called more than once"
-            if reason is None and max(names[id(norm)], names[id(neuron)]) > 1:
+            elif max(shared[id(norm)], shared[id(neuron)]) > 1:
                 reason = "it, or the neuron after it, is shared by several modules"
+            elif _hooks_between(names, before.target, norm, node.target):
+                reason = "a hook may see its output"
             if reason is None:
                 pairs.append(Pair(norm, neuron, contained))
             else:
                 reasons[norm] = reason
-    return pairs, reasons, failures
+        found.append(pairs)
+    both = [pair for pair in found[0] if pair in found[1]]
+    for pair in found[0] + found[1]:
+        if pair not in both and pair.norm not in reasons:
+            reasons[pair.norm] = "training and evaluation differ in what follows it"
+    return [pair for pair in both if pair.norm not in reasons], reasons
 
 
-def _why_not(
-    norm: Any, neuron: Any, has_time: bool, contained: bool, norms: tuple[type[nn.Module], ...]
-) -> str | None:
+def _hooks_between(names: dict[Any, Any], source: Any, norm: Any, neuron: Any) -> bool:
+    """Whether the BatchNorm, the neuron, or a module round one of them alone has a hook."""
+
+    def around(name: str) -> set[str]:
+        parts = name.split(".")
+        return {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+
+    alone = [names[name] for name in around(source) ^ around(neuron)]
+    inside = list(names[source].modules())
+    return any(getattr(m, hooks) for m in (*alone, *inside, norm) for hooks in _HOOKS)
+
+
+def _why_not(norm: Any, neuron: Any, has_time: bool, contained: bool, norms: Types) -> str | None:
     if type(norm) not in (*norms, *_PLAIN):
         return f"it is a {type(norm).__name__}, not a BatchNorm1d, 2d or 3d itself"
-    if norm._forward_hooks or neuron._forward_pre_hooks:
-        return "a hook sees its output"
     if "forward" in vars(norm):
         return "its forward was replaced"
     knows_time = contained or (type(norm) in norms and norm.step_mode == "m")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import batch_norm_lif, lif, lif_step
+from ..functional import batch_norm_lif, lif, lif_step, single
 from ..nn import batch_norm_arguments
 
 
@@ -18,7 +18,7 @@ class Served(nn.Module):
 
     original: ClassVar[type[nn.Module]]  # the class of the library
     mixin: ClassVar[type[nn.Module]]
-    caches: ClassVar[tuple[str, ...]] = ()  # attributes that a copy or a pickle does without
+    caches: ClassVar[tuple[str, ...]] = ()  # attributes that the library's class does without
     # The BatchNorm that is done together with this neuron, in a tuple: it stays where it was.
     _joined: tuple["Deferred"] | None = None
 
@@ -49,9 +49,7 @@ class Served(nn.Module):
         if self._joined is None:
             return lif_step(x, v, options, return_potential=return_potential)
         more = {"v_init": v, "return_state": True, "return_potential": return_potential}
-        out = self._lif(x.unsqueeze(0), **{**options, **more})
-        potential = None if out.potential is None else out.potential.squeeze(0)
-        return out._replace(spikes=out.spikes.squeeze(0), potential=potential)
+        return single(self._lif(x.unsqueeze(0), **{**options, **more}))
 
     def _has_time(self) -> bool:
         """Whether x has timesteps, and is not of a single one."""
@@ -65,33 +63,51 @@ class Served(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so a pickle names what it is made of.
         state: Any = super().__reduce_ex__(2)[2]
-        state = {name: value for name, value in state.items() if name not in self.caches}
         return _new, (self.mixin, self.original), state
 
 
 class Deferred(Served):
     """A BatchNorm whose work the neuron after it does: it passes its input on."""
 
-    _waits = False
+    _waits: bool | None = None  # whether gradients were recorded, until the neuron has come
     in_steps = False  # it is given [T·B, C, *], between a flattening of time and its way back
 
     def forward(self, x: Tensor) -> Tensor:
-        self._waits = True
+        if self._waits is not None:
+            self._waits = None
+            raise RuntimeError(
+                "a BatchNorm that accelerate joined with a neuron was called, and then its neuron "
+                "was not: restore(model), and leave fuse_batch_norm out. (After an interrupted "
+                "forward pass, call it again.)"
+            )
+        self._waits = torch.is_grad_enabled()
         return x
 
     def give(self, neuron: Served) -> None:
         """Lets the neuron do the work, once."""
-        if not self._waits:
+        waited, self._waits = self._waits, None
+        if waited is None:
             raise RuntimeError(
-                "a neuron was called without the BatchNorm that accelerate joined it with: "
-                "restore(model), and leave fuse_batch_norm out"
+                "a neuron was called without the BatchNorm that accelerate joined it with (or in a "
+                "replica of nn.DataParallel): restore(model), and leave fuse_batch_norm out"
             )
-        self._waits = False
+        if waited != torch.is_grad_enabled():
+            raise RuntimeError(
+                "a BatchNorm under no_grad and the neuron joined with it are not: restore(model), "
+                "and leave fuse_batch_norm out"
+            )
         has_time = self.in_steps or getattr(self, "step_mode", "s") == "m"
         if has_time != neuron._has_time():
             raise RuntimeError(
                 "step_mode: a neuron and the BatchNorm joined with it are in different step modes"
             )
+
+
+def in_graph(state: Tensor) -> Tensor:
+    """A state that a graph may keep, also one made under inference_mode."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return state
+    return state.clone() if state.is_inference() else state
 
 
 def uncached(function: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import presets
 from ..checks import state_dtype
 from ..surrogates import ATan, Rectangle, Sigmoid, Surrogate, Triangle
-from .served import Served, uncached
+from .served import Served, in_graph, uncached
 
 # A surrogate as one of ours, from the parameters of the library's.
 _SURROGATES: dict[type, Any] = {
@@ -61,6 +61,8 @@ class _Node(Served):
     @classmethod
     def _options(cls, node: Any) -> dict[str, Any]:
         """Those of `lif`, from the attributes as they are now."""
+        if node._neuron_precision is not None:
+            raise ValueError("its precision is set, which lif does not know")
         options: dict[str, Any] = uncached(_preset)(
             cls.preset,
             v_threshold=node.v_threshold,
@@ -77,8 +79,6 @@ class _Node(Served):
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
         node: Any = module
-        if node._neuron_precision is not None:
-            return "its precision is set, which lif does not know"
         if "forward" in vars(node):
             return "its forward was replaced"
         try:
@@ -99,7 +99,16 @@ class _Node(Served):
             return float(v)
         if v.shape != x.shape:  # another batch: from the start again, as the library
             return 0.0 if node.v_reset is None else float(node.v_reset)
-        return v.to(x.device, state_dtype(x.dtype))
+        return in_graph(v.to(x.device, state_dtype(x.dtype)))
+
+    def functional_forward(self, *arguments: Any, **options: Any) -> Any:
+        if self._joined is not None:
+            raise RuntimeError(
+                "functional_forward: the library's own step does not know the BatchNorm that this "
+                "neuron is joined with: restore(model), and leave fuse_batch_norm out"
+            )
+        library: Any = super()
+        return library.functional_forward(*arguments, **options)
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         node: Any = self
