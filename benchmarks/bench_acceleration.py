@@ -13,7 +13,7 @@ from benchmarks.bench_lif import ON_CPU, ON_GPU
 from benchmarks.measure import Case, Measured, Variant
 from benchmarks.steps import Expected, Results, Step
 from benchmarks.targets import ACCELERATED, ACCELERATED_STEPS, AS_IT_IS
-from tests.spikingjelly_models import spikingjelly_models
+from tests.spikingjelly_models import spikingjelly_network
 
 # Where a BatchNorm is joined, its rounding moves spikes, and those move spikes of later layers.
 SPREAD = 0.1
@@ -29,37 +29,6 @@ SEQUENCES = [
     pytest.param((25, 128, 1000), id="25x128x1000"),
     pytest.param((25, 128, 64, 28, 28), id="large", marks=ON_GPU),
 ]
-
-
-def network(name: str) -> nn.Module:
-    """A network as its library makes it, multi-step."""
-    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
-    from spikingjelly.activation_based import functional, layer, surrogate
-
-    sew_resnet, spiking_vgg = spikingjelly_models()
-    net: nn.Module
-    if name == "sew_resnet18":
-        net = sew_resnet.sew_resnet18(
-            cnf="ADD",
-            spiking_neuron=neuron.IFNode,
-            surrogate_function=surrogate.ATan(),
-            detach_reset=True,
-            num_classes=10,
-        )
-    else:
-        net = spiking_vgg.SpikingVGG(
-            spiking_vgg.cfgs["A"],
-            batch_norm=True,
-            norm_layer=layer.BatchNorm2d,
-            num_classes=10,
-            spiking_neuron=neuron.LIFNode,
-            tau=2.0,
-            decay_input=False,
-        )
-        net.avgpool = layer.AdaptiveAvgPool2d((1, 1))
-        net.classifier = nn.Sequential(layer.Linear(512, 10))
-    functional.set_step_mode(net, "m")
-    return net
 
 
 class Training(Step):
@@ -105,7 +74,8 @@ def test_networks(
     measured: Measured, device: torch.device, name: str, shape: tuple[int, ...]
 ) -> None:
     """A training step but for the optimizer: as it is, served, and with its BatchNorms joined."""
-    theirs = network(name).to(device)
+    pytest.importorskip("spikingjelly")
+    theirs = spikingjelly_network(name).to(device)
     x, grad = torch.rand(shape, device=device) * 2, torch.randn(shape[1], 10, device=device)
     served, joined = (copy.deepcopy(theirs) for _ in range(2))
     assert not tk.accelerate(served, strict=True).left

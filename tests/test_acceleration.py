@@ -12,7 +12,7 @@ from torch import nn
 import trt_kernels as tk
 from tests import official
 from tests.cases import quantised, relative_error
-from tests.spikingjelly_models import spikingjelly_models
+from tests.spikingjelly_models import spikingjelly_network
 
 pytest.importorskip("spikingjelly")
 pytest.importorskip("snntorch")
@@ -142,36 +142,10 @@ def test_half_precision_keeps_a_float32_state():
     assert node(x.float()).dtype == torch.float32
 
 
-def networks():
-    sew_resnet, spiking_vgg = spikingjelly_models()
-    torch.manual_seed(0)
-    return {
-        "sew_resnet18": sew_resnet.sew_resnet18(
-            cnf="ADD",
-            spiking_neuron=neuron.IFNode,
-            surrogate_function=surrogate.ATan(),
-            detach_reset=True,
-            num_classes=10,
-        ),
-        "spiking_vgg": spiking_vgg.SpikingVGG(
-            spiking_vgg.cfgs["A"],
-            batch_norm=True,
-            norm_layer=layer.BatchNorm2d,
-            num_classes=10,
-            spiking_neuron=neuron.LIFNode,
-            tau=2.0,
-            decay_input=False,
-        ),
-    }
-
-
 @pytest.mark.parametrize("name", ("sew_resnet18", "spiking_vgg"))
 def test_spikingjelly_networks(name):
-    theirs = networks()[name]
-    if name == "spiking_vgg":  # 4,096 hidden units take their time, and change nothing here
-        theirs.avgpool = layer.AdaptiveAvgPool2d((1, 1))
-        theirs.classifier = nn.Sequential(layer.Linear(512, 10))
-    functional.set_step_mode(theirs, "m")
+    torch.manual_seed(0)
+    theirs = spikingjelly_network(name)
     ours = copy.deepcopy(theirs)
     keys = list(ours.state_dict())
     names = [n for n, _ in ours.named_modules()]
