@@ -160,7 +160,7 @@ class OverTime(nn.Module):
 
 
 class ResNet19(SpikingNet):
-    """A convolution, three stages of residual blocks, and two linear layers, one of them spiking."""
+    """A convolution, three stages of residual blocks and two linear layers, the first spiking."""
 
     def __init__(
         self, classes: int = 10, steps: int | None = 6, channels: int = 3, **options: Any

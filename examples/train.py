@@ -1,0 +1,418 @@
+"""Train the paper's networks with TRT, TET or the plain objective (SDT).
+
+    python -m examples.train                                   # real digits, half a minute
+    python -m examples.train --data digit-events --method tet --seed 1 --out out/tet
+    python -m examples.train --data cifar10 --data-root DATA   # at the published settings
+    python -m examples.train --data cifar10 --data-root DATA --resume
+    torchrun --nproc-per-node 4 -m examples.train --data imagenet100 --data-root DATA
+
+Data sets are listed in data.py, with the folders that they are expected in; the settings of each,
+the paper's, in settings.py. The network answers with logits [T, B, classes], and one of three
+objectives trains it:
+
+    trt   cross entropy and squared distance at every step, plus the weight regularizer  (TRTLoss)
+    tet   cross entropy at every step, logits pulled to the firing threshold             (TETLoss)
+    sdt   cross entropy of the mean over time, the plain baseline
+
+Every epoch ends with a checkpoint in `--out`. After an interruption the same command with
+`--resume` goes on from the last one, to the numbers of a run that was never interrupted: bit for
+bit on a CPU with as many threads and processes, on a GPU as far as its convolutions are
+deterministic.
+
+With `--packed` the spikes that layers keep for the backward pass are kept as bits, with the same
+gradients; what that saved is printed. `--amp` trains in mixed precision: convolutions and spikes in
+half, membrane potentials, losses and weights in float32, as for the test.
+
+Under torchrun every process (on GPUs: every GPU) trains its share of each batch, by
+DistributedDataParallel and with the batch statistics of all shares. `--batch-size` stays the whole
+batch's, and the result is that of one process but for rounding.
+
+Writes to `--out`: checkpoint.pt, history.csv, result.json, curves.png and spikes.png.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import trt_kernels as tk
+from examples import checkpoint, data, plots
+from examples.checkpoint import CheckpointError
+from examples.data import DataError
+from examples.networks import NETWORKS, SpikingNet
+from examples.parallel import PROCESSES, RANK, process_group, summed
+from examples.settings import SETTINGS
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+AfterEpoch = Callable[[SpikingNet, int], None]
+# What may differ between a run and its continuation.
+FREE = ("backend", "data_root", "device", "out", "resume", "tensorboard", "workers")
+
+
+@dataclasses.dataclass
+class Run:
+    """What training leaves: the network, and a record of every epoch."""
+
+    model: SpikingNet
+    history: list[dict[str, float]]
+    packing: Any
+    seconds: float
+
+
+def make_network(args: argparse.Namespace, found: data.Data, group: Any = None) -> SpikingNet:
+    """The network of `--network`, for the shape of the data."""
+    options: dict[str, Any] = {"channels": found.channels, "tau": args.tau, "process_group": group}
+    if args.network in ("vggsnn", "small"):
+        options["size"] = found.size
+    steps = None if found.frames else args.steps
+    return NETWORKS[args.network](found.classes, steps, **options)
+
+
+def make_loss(args: argparse.Namespace, model: nn.Module) -> Loss:
+    """The objective of `--method`: (logits [T, B, classes], labels [B]) -> scalar."""
+    if args.method == "trt":
+        return tk.TRTLoss(model, weight=args.weight, delta=args.delta, mse_ratio=args.mse_ratio)
+    if args.method == "tet":
+        return tk.TETLoss(mean=1.0, weight=args.mse_ratio)
+    return lambda logits, labels: F.cross_entropy(logits.mean(0), labels)
+
+
+def as_input(x: Tensor, device: str) -> Tensor:
+    """A batch as networks take it: images [B, C, H, W], or sequences, time first."""
+    x = x.to(device, non_blocking=True)
+    return x.transpose(0, 1) if x.ndim == 5 else x
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """The network's answer is the class with the largest logit on average over time."""
+    return (logits.mean(0).argmax(1) == labels).sum()
+
+
+@torch.no_grad()
+def evaluate(model: SpikingNet, batches: Any, device: str) -> tuple[float, float]:
+    """The cross entropy of the mean over time, and accuracy in percent."""
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    for x, labels in batches:
+        labels = labels.to(device)
+        logits = model(as_input(x, device)).float()
+        loss = F.cross_entropy(logits.mean(0), labels, reduction="sum")
+        totals += torch.stack(
+            [loss.double(), count_correct(logits, labels), labels.new_tensor(len(labels))]
+        )
+    loss, correct, count = summed(totals)
+    return loss / count, 100 * correct / count
+
+
+def train(
+    args: argparse.Namespace,
+    model: SpikingNet,
+    found: data.Data,
+    start: dict[str, Any] | None,
+    after_epoch: AfterEpoch | None,
+) -> list[dict[str, float]]:
+    """Adam with a cosine schedule, from a checkpoint if one is given; a record of every epoch."""
+    training = data.Training(found, args.batch_size, args.seed, args.limit, args.workers)
+    test = data.testing(found.test, args.batch_size, args.workers)
+    loss_of = make_loss(args, model)
+    network = DistributedDataParallel(model) if PROCESSES > 1 else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    half = None if args.amp == "none" else getattr(torch, args.amp)
+    # Gradients in float16 reach from 6e-8 to 65,504: scaled up, the small ones are not lost.
+    scaler = torch.amp.GradScaler(args.device, enabled=half is torch.float16)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    history: list[dict[str, float]] = []
+    if start is not None:
+        for name, part in parts.items():
+            part.load_state_dict(start[name])
+        history = start["history"]
+
+    board = tensorboard(args, len(history))
+    count, batches = training.batches.count, len(training.batches)
+    bar = tqdm(
+        desc=f"{args.data}, {args.method}",
+        total=args.epochs * batches,
+        initial=len(history) * batches,
+        unit="batch",
+        disable=RANK > 0,
+    )
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        model.train()
+        # Read once an epoch: reading a number waits for the GPU.
+        totals = torch.zeros(2, dtype=torch.float64, device=args.device)
+        for index, (x, labels) in enumerate(training.epoch(epoch)):
+            labels = labels.to(args.device, non_blocking=True)
+            with torch.autocast(args.device, half, enabled=half is not None):
+                logits = network(as_input(x, args.device))
+                loss = loss_of(logits, labels) if len(labels) else logits.sum()
+            # DDP averages over processes: so weighted, means over shares become the batch's.
+            whole = min(args.batch_size, count - index * args.batch_size)
+            loss = loss * (len(labels) * PROCESSES / whole)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            seen = [loss.detach().double() * whole / PROCESSES, count_correct(logits, labels)]
+            totals += torch.stack(seen)
+            bar.update()
+        schedule.step()
+        total_loss, correct = summed(totals)
+        if not math.isfinite(total_loss):
+            raise FloatingPointError(
+                f"epoch {epoch}: the loss is {total_loss}; try a smaller --lr, or --amp none"
+            )
+        test_loss, test_accuracy = evaluate(model, test, args.device)
+        record = {
+            "epoch": epoch,
+            "loss": total_loss / count,
+            "train_accuracy": 100 * correct / count,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+        }
+        history.append(record)
+        bar.set_postfix_str(f"loss {record['loss']:.3f}, test {test_accuracy:.1f} %")
+        if RANK == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            settings = settings_of(args)
+            checkpoint.save(
+                args.out / "checkpoint.pt", {"settings": settings, "history": history, **states}
+            )
+            write_history(args.out / "history.csv", history)
+        for name, value in record.items():
+            if board is not None and name != "epoch":
+                board.add_scalar(name, value, epoch)
+        if after_epoch is not None:
+            after_epoch(model, epoch)
+    bar.close()
+    if board is not None:
+        board.close()
+    return history
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that a continued run must share."""
+    return {key: value for key, value in vars(args).items() if key not in FREE}
+
+
+def resumed(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None.
+
+    Raises:
+        CheckpointError: it is damaged or of other settings; or, without `--resume`, one of an
+            unfinished run would be overwritten.
+    """
+    path = args.out / "checkpoint.pt"
+    if not args.resume:
+        if path.is_file():
+            done, epochs = progress(path)
+            if done < epochs:
+                raise CheckpointError(
+                    f"{path}: of an unfinished run ({done} of {epochs} epochs); --resume it, "
+                    "choose another --out, or remove the file"
+                )
+        return None
+    found = checkpoint.load(path)
+    now = settings_of(args)
+    for key, before in found["settings"].items():
+        if now.get(key) != before:
+            option = "--" + key.replace("_", "-")
+            raise CheckpointError(f"{path}: of a run with {option} {before}, got {now.get(key)}")
+    return found
+
+
+def progress(path: Path) -> tuple[int, int]:
+    """How many epochs of how many a checkpoint has; of what cannot be read, none of none."""
+    try:
+        found = checkpoint.load(path)
+        return len(found["history"]), found["settings"]["epochs"]
+    except CheckpointError:
+        return 0, 0
+
+
+def load(args: argparse.Namespace) -> data.Data:
+    """The data set of the command line."""
+    return data.load(args.data, args.data_root, args.steps)
+
+
+def run(args: argparse.Namespace, found: data.Data, after_epoch: AfterEpoch | None = None) -> Run:
+    """Trains; `after_epoch` is called with the network and the number of the epoch.
+
+    Raises:
+        CheckpointError: `--resume`, or its absence, does not fit what is in `--out`.
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    # As in the official code: the same convolution for the same shapes, in every run.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    start = resumed(args)
+    torch.manual_seed(args.seed)
+    with process_group(args.device) as group, tk.use_backend(args.backend):
+        model = make_network(args, found, group).to(args.device)
+        if group is not None and args.device == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+        begin = time.perf_counter()
+        with tk.pack_saved_spikes() if args.packed else nullcontext() as packing:
+            history = train(args, model, found, start, after_epoch)
+        return Run(model, history, packing, time.perf_counter() - begin)
+
+
+def write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """A row for every epoch."""
+    with path.open("w", newline="") as file:
+        rows = csv.DictWriter(file, history[0].keys())
+        rows.writeheader()
+        rows.writerows(history)
+
+
+def tensorboard(args: argparse.Namespace, epochs: int) -> Any:
+    """A writer, or None; of what a run wrote after its last checkpoint nothing is shown."""
+    if not args.tensorboard or RANK > 0:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(args.out / "tensorboard"), purge_step=epochs + 1)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a finite int or float from `low` to `high`."""
+    name = {int: "an int", float: "a float"}[kind]
+    bound = f">= {low}" if high == math.inf else f"from {low} to {high}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"got {text!r}, needs {name} {bound}")
+        return value
+
+    return parse
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a training run; those without a default here are the data set's."""
+    add = parser.add_argument
+    backends = ("auto", "cpu", "cuda", "triton", "reference")
+    add("--data", choices=SETTINGS, default="digits", help="data set")
+    add("--data-root", type=Path, help="folder that holds it")
+    add("--method", choices=("trt", "tet", "sdt"), default="trt", help="training objective")
+    add("--network", choices=NETWORKS, help="default: the data set's, as the settings below")
+    add("--backend", choices=backends, default="auto", help="which kernels run")
+    add("--epochs", type=number(int, 1), help="passes over the training samples")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order, augmentation")
+    add("--steps", type=number(int, 1), help="timesteps T")
+    add("--batch-size", type=number(int, 1), help="samples per optimizer step, of all processes")
+    add("--lr", type=number(float, 1e-8), help="first learning rate of Adam")
+    add("--weight", type=number(float, 0), help="lambda of TRT")
+    add("--delta", type=number(float, 0), help="time decay delta of TRT")
+    add("--mse-ratio", type=number(float, 0, 1), help="eta of TRT, lambda of TET")
+    add("--tau", type=number(float, 1), help="time constant of the neurons")
+    add("--amp", choices=("none", "bfloat16", "float16"), help="default: float16 on a GPU")
+    add("--packed", action="store_true", help="keep spikes as bits for the backward pass")
+    add("--limit", type=number(int, 1), help="train on so many samples only")
+    add("--workers", type=number(int, 0), help="processes that read data; default: 0 for digits")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, in --out")
+    add("--out", type=Path, help="folder for everything that is written; default: out/DATA-METHOD")
+
+
+def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in the data set's settings, checks what can be checked now, and adds `device`."""
+    for key, value in dataclasses.asdict(SETTINGS[args.data]).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.out is None:
+        args.out = Path("out") / f"{args.data}-{args.method}"
+    if args.workers is None:
+        args.workers = 0 if args.data.startswith("digit") else min(8, os.cpu_count() or 1)
+
+    unavailable = tk.report().unavailable
+    name = args.backend
+    if name == "auto":
+        name = "cpu" if any(unavailable["cuda"].values()) else "cuda"
+    if reasons := list(filter(None, unavailable[name].values())):
+        parser.error(f"argument --backend: {name} cannot run here: {reasons[0]}")
+    args.device = "cuda" if name in ("cuda", "triton") else "cpu"
+    if args.amp is None:
+        args.amp = "float16" if args.device == "cuda" else "none"
+    if PROCESSES > 1:
+        if name == "reference":
+            parser.error("argument --backend: reference shares no statistics between processes")
+        if args.device == "cpu" and "resnet" in args.network:
+            parser.error(
+                f"argument --network: {args.network} has BatchNorms that share their statistics "
+                "between processes on GPUs only"
+            )
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            parser.error("argument --tensorboard: needs the package tensorboard")
+    if RANK == 0:  # the process that writes
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()
+        except OSError as error:
+            parser.error(f"argument --out: cannot write to {args.out}: {error.strerror}")
+    return args
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, all checked before any training."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.train", description=__doc__.partition("\n")[0]
+    )
+    add_options(parser)
+    return complete(parser, parser.parse_args(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, draws, and prints the test accuracy."""
+    args = parse_arguments(argv)
+    try:
+        found = load(args)
+        done = run(args, found)
+    except (DataError, CheckpointError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+    if RANK > 0:
+        return
+    plots.curves(
+        done.history, f"{args.data}, {args.method}, seed {args.seed}", args.out / "curves.png"
+    )
+    with tk.use_backend(args.backend):
+        shown = [found.test[index] for index in range(min(4, len(found.test)))]
+        x = as_input(torch.stack([x for x, _ in shown]), args.device)
+        plots.spikes(done.model, x, [int(label) for _, label in shown], args.out / "spikes.png")
+    if done.packing:
+        print(f"over all batches, {done.packing}")
+    last = done.history[-1]
+    result = {"seconds": done.seconds, "test_accuracy": last["test_accuracy"]}
+    settings = {**settings_of(args), "backend": args.backend, "device": args.device}
+    text = json.dumps({"settings": settings, **result, "history": done.history}, indent=2)
+    (args.out / "result.json").write_text(text + "\n")
+    print(
+        f"test accuracy {last['test_accuracy']:.1f} % ({args.data}, {args.network}, {args.method}, "
+        f"{args.epochs} epochs, seed {args.seed}, {done.seconds:.0f} s), in {args.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()
