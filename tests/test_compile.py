@@ -1,9 +1,7 @@
 """torch.compile and torch.export: one graph, the bits of eager, no compilation for every size."""
 
 import copy
-import importlib
 import io
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import trt_kernels as tk
+from examples.networks import SmallNet
 from tests.cases import LIF, LOSS, PENALTY
 from trt_kernels.options import LIFTensors
 
@@ -357,11 +356,8 @@ def test_without_gradients():
             assert torch.equal(compiled(x), tk.lif(x))
 
 
-def test_example(monkeypatch):
-    for needed in ("sklearn", "matplotlib", "tqdm"):
-        pytest.importorskip(needed)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    model = importlib.import_module("train_digits").SpikingNet(steps=3)
+def test_example():
+    model = SmallNet(steps=3)
     images, labels = torch.rand(9, 1, 8, 8), torch.randint(10, (9,))
     results = []
     for network, wrap in ((copy.deepcopy(model), lambda f: f), (model, lambda f: one_graph(f)[0])):

@@ -1,0 +1,394 @@
+"""Training runs as its user starts it, says what it did, resumes, and refuses bad arguments."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import trt_kernels as tk
+from examples import checkpoint, plots, train
+from tests.examples.distributed_training import keep_weights
+
+pytest.importorskip("sklearn")
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--backend", "cpu", "--epochs", "1", "--steps", "2", "--limit", "128", "--batch-size", "32"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the example with the given arguments and returns what it wrote in result.json."""
+    runs = iter(range(100))
+
+    def run(*arguments, pictures=False, out=None):
+        out = out or tmp_path / f"run{next(runs)}"
+        if not pictures:  # they take longer than the training
+            for name in ("curves", "spikes"):
+                monkeypatch.setattr(plots, name, lambda *_: None)
+        train.main([*arguments, "--out", str(out)])
+        return json.loads((out / "result.json").read_text())
+
+    return run
+
+
+def weights(out):
+    return checkpoint.load(out / "checkpoint.pt")["model"]
+
+
+def assert_same_weights(a, b):
+    for name, w in weights(a).items():
+        assert torch.equal(w, weights(b)[name]), name
+
+
+@pytest.mark.parametrize("method", ["trt", "tet", "sdt"])
+def test_methods(run, method, tmp_path, capsys):
+    options = [*TINY, "--epochs", "2", "--method", method, "--seed", "3"]
+    result = run(*options, out=tmp_path, pictures=True)
+
+    assert result["settings"]["method"] == method
+    assert result["settings"]["seed"] == 3
+    assert result["settings"]["steps"] == 2
+    history = result["history"]
+    assert [record["epoch"] for record in history] == [1, 2]
+    assert all(math.isfinite(value) for record in history for value in record.values())
+    assert history[1]["loss"] < history[0]["loss"]
+    assert result["test_accuracy"] == history[-1]["test_accuracy"]
+    assert result["seconds"] > 0
+
+    rows = list(csv.DictReader((tmp_path / "history.csv").open()))
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == history
+    for name in ("curves.png", "spikes.png"):
+        data = (tmp_path / name).read_bytes()
+        assert data.startswith(b"\x89PNG\r\n")
+        assert len(data) > 10_000
+
+    last = capsys.readouterr().out.splitlines()[-1]
+    accuracy = f"{result['test_accuracy']:.1f}"
+    assert re.fullmatch(
+        rf"test accuracy {re.escape(accuracy)} % "
+        rf"\(digits, small, {method}, 2 epochs, seed 3, \d+ s\), in {tmp_path}",
+        last,
+    )
+
+
+def test_methods_differ(run):
+    losses = {run(*TINY, "--method", m)["history"][0]["loss"] for m in ("trt", "tet", "sdt")}
+    assert len(losses) == 3
+
+
+def test_published_settings():
+    published = {
+        "cifar10": ("resnet19", 6, 1e-5, 0.25, 0.05, 2.0),
+        "cifar100": ("resnet19", 6, 1e-5, 0.25, 0.05, 2.0),
+        "imagenet100": ("sew-resnet34", 4, 5e-5, 0.5, 0.001, 1.0),
+        "dvs-cifar10": ("vggsnn", 10, 5e-5, 0.5, 0.001, 2.0),
+        "n-caltech101": ("vggsnn", 10, 5e-5, 0.5, 0.05, 2.0),
+    }
+    for data, wanted in published.items():
+        s = train.SETTINGS[data]
+        assert (s.network, s.steps, s.weight, s.delta, s.mse_ratio, s.tau) == wanted
+        assert (s.epochs, s.batch_size, s.lr) == (300, 64, 1e-3)
+
+
+def test_settings_of_the_command_line(tmp_path):
+    given = ["--data", "imagenet100", "--backend", "cpu", "--out", str(tmp_path), "--delta", "0.1"]
+    args = train.parse_arguments(given)
+    assert (args.network, args.steps, args.tau, args.epochs) == ("sew-resnet34", 4, 1.0, 300)
+    assert (args.weight, args.delta, args.amp) == (5e-5, 0.1, "none")
+
+
+@pytest.mark.parametrize("network", ["resnet19", "vggsnn", "sew-resnet34"])
+def test_the_papers_networks_on_events(run, network):
+    options = ["--data", "digit-events", "--network", network, "--limit", "6", "--batch-size", "3"]
+    result = run(*TINY, *options, "--packed")
+    assert math.isfinite(result["history"][0]["loss"])
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers(run, tmp_path, monkeypatch):
+    """Also the optimizer, the schedule, the order of samples and their augmentation."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    options = [*TINY, "--epochs", "4", "--amp", "float16"]
+    expected = run(*options, out=whole)
+    evaluate, calls = train.evaluate, []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command with --resume"):
+        run(*options, out=parted)
+    assert len(checkpoint.load(parted / "checkpoint.pt")["history"]) == 2
+    with pytest.raises(SystemExit, match=r"unfinished run \(2 of 4 epochs\); --resume it"):
+        run(*options, out=parted)
+    result = run(*options, "--resume", out=parted)
+    assert result["history"] == expected["history"]
+    assert_same_weights(whole, parted)
+    # What is finished has nothing left to do, and may be run anew.
+    assert run(*options, "--resume", out=parted)["history"] == expected["history"]
+    assert run(*options, out=parted)["history"] == expected["history"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
+    options = ["--backend=cpu", "--steps=2", "--limit=400", "--batch-size=20", "--epochs=8"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out, *more):
+        command = [sys.executable, "-m", "examples.train", *options, *more, f"--out={out}"]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+    assert start(whole).wait(timeout=120) == 0
+    killed = start(parted)
+    deadline = time.monotonic() + 60
+    while not (parted / "history.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (parted / "result.json").exists()
+    assert start(parted, "--resume").wait(timeout=120) == 0
+    one, two = (json.loads((out / "result.json").read_text())["history"] for out in (whole, parted))
+    assert one == two
+    assert_same_weights(whole, parted)
+
+
+def test_resume_refuses_what_it_cannot_continue(run, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}/checkpoint.pt: no such file"):
+        run(*TINY, "--resume", out=tmp_path)
+    run(*TINY, out=tmp_path)
+    with pytest.raises(SystemExit, match=r"of a run with --lr 0.002, got 0.5"):
+        run(*TINY, "--resume", "--lr", "0.5", out=tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    damaged = path.read_bytes()[:-100]
+    path.write_bytes(damaged)
+    with pytest.raises(SystemExit, match="damaged, or no checkpoint"):
+        run(*TINY, "--resume", out=tmp_path)
+    assert path.read_bytes() == damaged
+
+
+def test_a_loss_that_is_not_finite_stops(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_loss", lambda *_: lambda logits, _: logits.sum() * math.nan)
+    with pytest.raises(SystemExit, match="error: epoch 1: the loss is nan; try a smaller --lr"):
+        run(*TINY, out=tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_missing_data(run, tmp_path):
+    from tests.torchvision_here import torchvision
+
+    torchvision()
+    with pytest.raises(SystemExit, match=r"error: --data-root: needs the folder that holds cifar-"):
+        run("--data", "cifar10", "--backend", "cpu")
+    root = ["--data-root", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"there is no folder {tmp_path}/cifar-10-batches-py"):
+        run("--data", "cifar10", "--backend", "cpu", *root)
+
+
+def test_tensorboard(run, tmp_path, monkeypatch):
+    """What it is told, and only of epochs that the run goes on with."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, *values):
+            written.append(values)
+
+        def close(self):
+            written.append("closed")
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    result = run(*TINY, "--tensorboard", out=tmp_path)
+    record = dict(result["history"][0])
+    epoch = record.pop("epoch")
+    values = [(name, value, epoch) for name, value in record.items()]
+    assert written == [(str(tmp_path / "tensorboard"), 1), *values, "closed"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(run, tmp_path, monkeypatch):
+    """The last batch is one image, of which the first process has none."""
+    options = [
+        "--backend=cpu",
+        "--epochs=2",
+        "--steps=3",
+        "--limit=34",
+        "--batch-size=11",
+        "--seed=1",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    keep_weights(one, monkeypatch.setattr)
+    alone = run(*options, out=one)
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(Path(__file__).parent / "distributed_training.py"), str(two)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *script, *options, f"--out={two}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("?batch/s]") == 1  # one bar begins
+    said = r"test accuracy [\d.]+ % \(digits, small, trt, 2 epochs, seed 1, \d+ s\), in .*\n"
+    assert re.fullmatch(said, done.stdout)
+    assert (two / "curves.png").exists() and (two / "spikes.png").exists()
+
+    together = json.loads((two / "result.json").read_text())
+    assert together.keys() == alone.keys()
+    assert together["settings"].keys() == alone["settings"].keys()
+    for a, b in zip(together["history"], alone["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    start, expected = torch.load(one / "start0.pt"), torch.load(one / "end0.pt")
+    for rank in (0, 1):
+        end = torch.load(two / f"end{rank}.pt")
+        for name, before in start.items():
+            moved = (expected[name] - before).double().norm()
+            assert moved > 0
+            assert (end[name] - expected[name]).double().norm() <= 1e-4 * moved, name
+
+
+def test_a_process_among_several(monkeypatch, tmp_path, capsys):
+    """Only the first writes, and all refuse what cannot share statistics."""
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    monkeypatch.setattr(train, "RANK", 1)
+    folder = tmp_path / "out"
+    train.parse_arguments(["--out", str(folder), "--backend", "cpu"])
+    assert not folder.exists()
+    for given, said in (
+        (["--backend", "reference"], "argument --backend: reference shares no statistics"),
+        (["--backend", "cpu", "--network", "resnet19"], "argument --network: resnet19 has Batch"),
+    ):
+        with pytest.raises(SystemExit):
+            train.parse_arguments(["--out", str(folder), *given])
+        assert said in capsys.readouterr().err
+
+
+def test_packed_spikes_train_the_same(run, capsys):
+    usual = run(*TINY)["history"]
+    assert "saved tensors" not in capsys.readouterr().out
+    assert run(*TINY, "--packed")["history"] == usual
+    said, last = capsys.readouterr().out.splitlines()[-2:]
+    assert re.search(r"12 saved tensors kept as bits \(12 from lif, 0 packed\)", said)
+    assert last.startswith("test accuracy")
+
+
+@pytest.mark.slow
+def test_bfloat16_learns_as_well(run):
+    short = [*TINY, "--epochs", "3", "--limit", "400"]
+    usual, half = run(*short), run(*short, "--amp", "bfloat16")
+    assert min(usual["test_accuracy"], half["test_accuracy"]) >= 90
+    assert half["history"][0]["loss"] != usual["history"][0]["loss"]
+
+
+def test_float16_with_a_scaler(run):
+    usual, half = run(*TINY)["history"][0]["loss"], run(*TINY, "--amp", "float16")
+    assert half["settings"]["amp"] == "float16"
+    assert 0 < abs(half["history"][0]["loss"] - usual) < 0.05
+
+
+def test_backends_agree(run):
+    ours, reference = (run(*TINY, "--backend", backend) for backend in ("cpu", "reference"))
+    assert ours["history"][0]["loss"] == pytest.approx(reference["history"][0]["loss"], abs=1e-3)
+
+
+def test_backend_is_used_and_restored(run, monkeypatch):
+    used, before = [], tk.ops.default_backend
+
+    def no_epochs(*_):
+        used.append(tk.ops.default_backend)
+        return [{"test_accuracy": 0.0}]
+
+    monkeypatch.setattr(train, "train", no_epochs)
+    for backend in ("cpu", "reference", "auto"):
+        run("--backend", backend)
+    assert used == ["cpu", "reference", "auto"]
+    assert tk.ops.default_backend == before
+
+
+def test_seed(run):
+    first, same, other = (run(*TINY, "--seed", seed)["history"] for seed in ("1", "1", "2"))
+    assert first == same
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("--data", "mnist"),
+        ("--method", "bptt"),
+        ("--network", "resnet18"),
+        ("--backend", "gpu"),
+        ("--amp", "half"),
+        ("--backend", "triton"),
+        ("--epochs", "0"),
+        ("--epochs", "2.5"),
+        ("--epochs", "inf"),
+        ("--seed", "-1"),
+        ("--seed", str(2**64)),
+        ("--steps", "0"),
+        ("--batch-size", "0"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--weight", "-1e-5"),
+        ("--weight", "inf"),
+        ("--delta", "-0.5"),
+        ("--mse-ratio", "1.5"),
+        ("--tau", "0.5"),
+        ("--workers", "-1"),
+        ("--out", "{file}"),
+        ("--out", "{file}/pictures"),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, monkeypatch, name, value):
+    def no_epochs(*_):
+        raise AssertionError("trained in spite of a bad argument")
+
+    monkeypatch.setattr(train, "train", no_epochs)
+    if value == "triton":
+        unserved = {"triton": {"lif": "no Triton here"}, "cuda": {}}
+        report = train.argparse.Namespace(unavailable=unserved)
+        monkeypatch.setattr(tk, "report", lambda: report)
+    file = tmp_path / "file"
+    file.write_text("kept")
+    value = value.format(file=file, folder=tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        # A good --out first: the last one given counts.
+        train.main(["--out", str(tmp_path / "out"), f"{name}={value}"])
+    assert stopped.value.code == 2
+    assert f"argument {name}: " in capsys.readouterr().err
+    assert file.read_text() == "kept"
+
+
+def test_tensorboard_must_be_installed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--out", str(tmp_path), "--tensorboard"])
+    assert "argument --tensorboard: needs the package tensorboard" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_defaults_learn(run):
+    torch.use_deterministic_algorithms(False)  # what a user has
+    result = run("--epochs", "6", pictures=True)
+    assert result["test_accuracy"] >= 96
+    assert result["history"][-1]["loss"] < result["history"][0]["loss"] / 2
