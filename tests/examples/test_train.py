@@ -294,7 +294,7 @@ def test_packed_spikes_train_the_same(run, capsys):
 
 @pytest.mark.slow
 def test_bfloat16_learns_as_well(run):
-    short = [*TINY, "--epochs", "3", "--limit", "400"]
+    short = [*TINY, "--epochs", "5", "--limit", "400"]
     usual, half = run(*short), run(*short, "--amp", "bfloat16")
     assert min(usual["test_accuracy"], half["test_accuracy"]) >= 90
     assert half["history"][0]["loss"] != usual["history"][0]["loss"]
