@@ -186,6 +186,8 @@ def train(
             "test_accuracy": test_accuracy,
         }
         history.append(record)
+        if after_epoch is not None:  # before the checkpoint, which says that it is done
+            after_epoch(model, epoch)
         bar.set_postfix_str(f"loss {record['loss']:.3f}, test {test_accuracy:.1f} %")
         if RANK == 0:
             states = {name: part.state_dict() for name, part in parts.items()}
@@ -197,8 +199,6 @@ def train(
         for name, value in record.items():
             if board is not None and name != "epoch":
                 board.add_scalar(name, value, epoch)
-        if after_epoch is not None:
-            after_epoch(model, epoch)
     bar.close()
     if board is not None:
         board.close()

@@ -1,0 +1,65 @@
+"""Methods side by side over seeds: what is computed, what is drawn, and that it can go on."""
+
+import json
+
+import pytest
+
+pytest.importorskip("sklearn")
+
+from examples import compare, train
+
+OPTIONS = ["--backend=cpu", "--data=digits", "--epochs=2", "--steps=2", "--limit=64", "--seeds=2"]
+
+
+@pytest.mark.slow
+def test_comparison(tmp_path, capsys, monkeypatch):
+    options = [*OPTIONS, "--batches=1", "--out", str(tmp_path)]
+    training, trained = train.train, []
+
+    def counting(*arguments):
+        trained.append(arguments[0].out.name)
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        return training(*arguments)
+
+    monkeypatch.setattr(train, "train", counting)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        compare.main(options)
+    monkeypatch.setattr(train, "train", training)
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0/checkpoint.pt")}
+    assert len(finished) == 3
+    compare.main(options)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished  # not trained again
+
+    found = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    assert {method: len(runs) for method, runs in found.items()} == {"sdt": 2, "tet": 2, "trt": 2}
+    for method, runs in found.items():
+        for seed, run in enumerate(runs):
+            history = json.loads((tmp_path / f"{method}-{seed}" / "fisher.json").read_text())
+            assert run["observed_epochs"] == [1, 2] == sorted(map(int, history))
+            assert [len(row) for row in run["fisher"]] == [2, 2]
+            assert run["centroid"] == run["centroids"][-1]
+            assert len(run["losses"]) == 3 and len(run["losses"][0]) == len(run["distances"])
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
+    said = capsys.readouterr().out
+    assert said.count("±") >= 15
+    assert (tmp_path / "comparison.md").read_text().splitlines()[2] == "| | SDT | TET | TRT |"
+
+
+def test_table():
+    """Mean and standard deviation, the latter of a sample."""
+    runs = {"sdt": [dict.fromkeys(compare.ROWS, value) for value in (1.0, 2.0, 3.0)]}
+    assert "| test accuracy (%) | 2 ± 1 |" in compare.table(runs)
+    runs = {"sdt": [dict.fromkeys(compare.ROWS, 4.0)]}
+    assert "| test accuracy (%) | 4 ± 0 |" in compare.table(runs)
+
+
+def test_observed_epochs():
+    assert compare.observed_epochs(40) == [1, 10, 20, 30, 40]
+    assert compare.observed_epochs(1) == [1]
+
+
+def test_bad_arguments(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--seeds=0", "--out", str(tmp_path)])
+    assert "argument --seeds: got '0', needs an int >= 1" in capsys.readouterr().err
