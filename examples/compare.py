@@ -72,6 +72,7 @@ def one_run(args: argparse.Namespace, batches: int) -> dict[str, Any]:
     return {
         "method": args.method,
         "seed": args.seed,
+        "samples": training.batches.count,
         "test_accuracy": last["test_accuracy"],
         "accuracy_gap": accuracy - last["test_accuracy"],
         "loss_gap": last["test_loss"] - loss,
@@ -130,8 +131,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the last checkpoint")
+    samples = runs["trt"][0]["samples"]
     about = (
-        f"{args.data}, {args.network}, T = {args.steps}, {args.epochs} epochs, {args.seeds} seeds"
+        f"{args.data}, {samples} training samples, {args.network} network, T = {args.steps}, "
+        f"{args.epochs} epochs, {args.seeds} seeds"
     )
     (args.out / "comparison.json").write_text(json.dumps({"about": about, "runs": runs}) + "\n")
     written = table(runs)
