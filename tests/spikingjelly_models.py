@@ -5,12 +5,14 @@ from types import ModuleType
 
 import torch
 
+from tests.torchvision_here import imported
+
 
 def spikingjelly_models():
     """The modules sew_resnet and spiking_vgg."""
     missing = {}
     try:
-        import torchvision  # noqa: F401
+        imported()
     except ImportError:
         utils = ModuleType("torchvision.models.utils")
         utils.load_state_dict_from_url = torch.hub.load_state_dict_from_url
