@@ -6,7 +6,7 @@ OUT ?= out
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install test on-host test-cpp bench gpu lint format clean
+.PHONY: install test on-host test-cpp bench gpu docs lint format clean
 
 install: $(VENV)/installed
 
@@ -59,6 +59,10 @@ GPU_PYTHON = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(
   $(wildcard $(BIN)/python),$(PYTHON)))
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)
+
+# The pages of docs/ as a site in out/docs, which opens from the disk; a warning is an error.
+docs: $(VENV)/requirements
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir $(abspath $(OUT))/docs
 
 lint: install
 	$(BIN)/ruff check .
