@@ -347,6 +347,8 @@ def write_results(
     run = read_records(scratch)
     (out / "summary.md").write_text("\n".join(summary(environment, outcomes, run)) + "\n")
     results = {
+        "machine": environment["machine"],
+        "date": environment["date"],
         "environment": environment,
         "stages": [asdict(outcome) for outcome in outcomes],
         "targets": [] if run is None else [{**asdict(f), "met": f.met} for f in findings(run)],

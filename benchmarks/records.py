@@ -1,4 +1,4 @@
-"""Reads the records of measured cases back from the JSON files of pytest-benchmark."""
+"""Reads the records of measured cases back from JSON: pytest-benchmark's, or a saved run's."""
 
 import json
 import statistics
@@ -88,19 +88,32 @@ class Run:
             if r.table.startswith(table) and all(r.info.get(k) == v for k, v in about.items())
         ]
 
+    def save(self, path: Path) -> None:
+        """Writes what `read` needs and no single rounds, a case a line: small enough to commit."""
+        about = json.dumps({"machine": self.machine, "date": self.date}, ensure_ascii=False)
+        cases = ",\n".join(json.dumps(r.info, ensure_ascii=False) for r in self.records)
+        path.write_text(f'{about[:-1]}, "records": [\n{cases}\n]}}\n')
+
 
 def read(paths: Iterable[Path]) -> Run:
-    """Reads JSON files of `pytest --benchmark-json`; of one case measured twice the last counts."""
+    """Reads JSON files of `pytest --benchmark-json`, and those of runs that were saved.
+
+    Of one case measured twice the last counts.
+    """
     records: dict[tuple[str, str], Record] = {}
     machines: dict[str, None] = {}
     dates: dict[str, None] = {}
     for path in paths:
         data = json.loads(Path(path).read_text())
-        machines[machine_line(data["machine_info"])] = None
-        dates[str(data.get("datetime", ""))[:10]] = None
-        for benchmark in data["benchmarks"]:
-            if "variants" in benchmark["extra_info"]:
-                record = Record(benchmark["extra_info"])
+        if "records" in data:
+            machine, date, cases = data["machine"], data["date"], data["records"]
+        else:
+            machine, date = machine_line(data["machine_info"]), data.get("datetime", "")[:10]
+            cases = [benchmark["extra_info"] for benchmark in data["benchmarks"]]
+        machines[machine] = None
+        dates[date] = None
+        for record in map(Record, cases):
+            if "variants" in record.info:
                 records[record.table, record.case] = record
     return Run(list(records.values()), "; ".join(machines), ", ".join(dates))
 

@@ -1,4 +1,4 @@
-"""Turns the JSON of a benchmark run into a Markdown report and plots.
+"""Turns the JSON of a benchmark run into a Markdown report and plots, and into a smaller JSON.
 
 python -m benchmarks.report IN.json [MORE.json ...] --out DIR
 """
@@ -178,6 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     text = markdown(run)
     (options.out / "report.md").write_text(text)
+    run.save(options.out / "report.json")
     print(text)
     from benchmarks.plots import draw  # not at the top: tables need no matplotlib
 

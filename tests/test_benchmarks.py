@@ -518,6 +518,9 @@ def test_report_writes_tables_and_plots(results, tmp_path, capsys):
     assert "Norse left out: not installed" in text
     for name in ("lif.png", "penalty.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    saved = read([out / "report.json"])
+    assert saved == read([results])
+    assert report.markdown(saved) == text
 
 
 def test_targets_are_judged_from_the_records(results):
@@ -692,6 +695,7 @@ def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeyp
     began = time.monotonic()
     assert gpu.main(["--out", str(out)]) == 1
     assert time.monotonic() - began < 40
+    assert read([out / "results.json"]).machine == "NVIDIA Test"
     stages = {s["name"]: s for s in json.loads((out / "results.json").read_text())["stages"]}
     assert {name: s["status"] for name, s in stages.items()} == {
         "missing": gpu.FAILED,

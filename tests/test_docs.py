@@ -1,0 +1,73 @@
+"""Every Python block of the documentation runs, in order, in one namespace a page."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import trt_kernels as tk
+from trt_kernels import acceleration
+from trt_kernels.compat import trt
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
+PEERS = {"spikingjelly", "snntorch", "norse"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_code_blocks_run(page):
+    namespace = {}
+    absent = set()
+    text = (ROOT / page).read_text()
+    # What a block takes for granted stands before it in a comment, what it claims behind it.
+    blocks = r"(?:```python|<!-- (?:setup|check))\n(.*?)(?:```|-->)"
+    for block in re.findall(blocks, text, re.DOTALL):
+        try:
+            exec(compile(block, str(page), "exec"), namespace)
+        except ModuleNotFoundError as error:
+            absent.add(error.name.split(".")[0])
+            if not absent <= PEERS:
+                raise
+        except NameError:
+            if not absent:  # else of a block that needs what is absent
+                raise
+    if absent:
+        pytest.skip(f"without {', '.join(sorted(absent))}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", text):
+        target = target[0] or target[1]
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_readme_commands_are_make_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.search(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    for target in re.findall(r"^make (\w+)", commands, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_every_public_name_is_in_the_reference():
+    def own(module, kind):
+        names = (name for name, value in vars(module).items() if kind(value))
+        return [n for n in names if n[0] != "_" and vars(module)[n].__module__ == module.__name__]
+
+    public = {
+        "trt_kernels": set(tk.__all__) - {"nn", "presets"},
+        "trt_kernels.nn": own(tk.nn, inspect.isclass),
+        "trt_kernels.presets": own(tk.presets, inspect.isfunction),
+        "trt_kernels.compat.trt": trt.__all__,
+    }
+    assert set(acceleration.__all__) <= public["trt_kernels"]
+    names = {f"{module}.{name}" for module, known in public.items() for name in known}
+    entries = re.findall(r"^::: (\S+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(entries) == sorted(names)
