@@ -20,6 +20,8 @@ def results() -> dict[str, str]:
     pages = {path.stem: path.read_text() for path in sorted(RESULTS.glob("*.md"))}
     for path in sorted(RESULTS.glob("*.json")):
         pages[path.stem] = report.markdown(records.read([path]))
+    for name, page in pages.items():
+        pages[name] = page.replace("# Benchmarks of trt_kernels\n", f"# Benchmarks, {name}\n", 1)
     names = sorted(pages, key=len, reverse=True)
     for path in sorted(RESULTS.glob("*.png")):
         for name in names:  # a plot NAME-WHAT.png belongs to the longest name
@@ -39,7 +41,7 @@ def index(pages: dict[str, str]) -> str:
     for name, page in pages.items():
         measured = re.search(r"^(.+); (\d{4}-\d\d-\d\d.*)\.$", page, re.MULTILINE)
         machine, date = measured.groups() if measured else ("counted, not timed", "")
-        lines.append(f"| [{title(page)}](benchmarks/{name}.md) | {machine} | {date} |")
+        lines.append(f"| [{title(page)}]({name}.md) | {machine} | {date} |")
     if not any(report.GPU_LEGEND in page for page in pages.values()):
         lines += ["", "**No figure of a GPU exists yet**: nothing here has been timed on one."]
     return "\n".join(lines)

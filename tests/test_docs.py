@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 import trt_kernels as tk
+from benchmarks.records import Record, Run
 from trt_kernels import acceleration
 from trt_kernels.compat import trt
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path.relative_to(ROOT)
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
 PEERS = {"spikingjelly", "snntorch", "norse"}
@@ -70,4 +71,32 @@ def test_every_public_name_is_in_the_reference():
     assert set(acceleration.__all__) <= public["trt_kernels"]
     names = {f"{module}.{name}" for module, known in public.items() for name in known}
     entries = re.findall(r"^::: (\S+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    # There `trt_kernels.report` would be the module that the function stands in.
+    names = (names - {"trt_kernels.report"}) | {"trt_kernels.report.report"}
     assert sorted(entries) == sorted(names)
+
+
+def test_results_become_pages(tmp_path, monkeypatch):
+    pytest.importorskip("mkdocs")
+    from docs import hooks
+
+    variants = {"ours": {"median": 1e-3}, "relu": {"median": 2e-3}}
+    info = {"table": "lif", "case": "(4, 1M)", "ours": "ours", "variants": variants}
+    info |= {"element": "neuron-step", "elements": 4, "moved": 1000, "skipped": {}, "steps": 4}
+    info |= {"copy": {"median": 1e-3, "moved": 2000}}
+    Run([Record(info)], "A Processor", "2026-11-23").save(tmp_path / "cpu-old.json")
+    (tmp_path / "cpu.md").write_text("# Older\n\nAnother; 2026-11-22.\n")
+    for plot in ("cpu-lif", "cpu-old-lif"):
+        (tmp_path / f"{plot}.png").touch()
+    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
+    pages = hooks.results()
+    assert "A Processor; 2026-11-23." in pages["cpu-old"]
+    assert "| (4, 1M) | 1 ms | 0.001 | 50% | 2.00× |" in pages["cpu-old"]
+    assert pages["cpu"].endswith("\n![cpu-lif](cpu-lif.png)\n")
+    index = hooks.index(pages)
+    assert "| [Older](cpu.md) | Another | 2026-11-22 |" in index
+    assert "| [Benchmarks, cpu-old](cpu-old.md) | A Processor | 2026-11-23 |" in index
+    assert "No figure of a GPU exists yet" in index
+    gpu = [Record({**info, "device": "cuda"})]
+    Run(gpu, "A GPU", "2026-11-24").save(tmp_path / "gpu.json")
+    assert "No figure" not in hooks.index(hooks.results())

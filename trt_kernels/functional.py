@@ -428,7 +428,7 @@ def batch_norm_lif(
         training: take mean and var from x.
         momentum: share of the new in the running statistics; a float, or a scalar tensor, whose
             value is not checked.
-        eps: > 0.
+        eps: a number > 0.
         time_dim: 0 or 1.
         scale: a factor of the normalised x.
         gains: a factor for every step of the whole normalisation, [T], or [T, C] (TEBN).

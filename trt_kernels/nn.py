@@ -144,8 +144,8 @@ class LIF(_Neuron):
 
     Raises:
         TypeError, ValueError: an option that `lif` does not know or refuses. What depends on x is
-        raised by the call, as in `lif`; a state whose shape, dtype or device does not fit the next
-        x is an error that asks for `reset()`.
+            raised by the call, as in `lif`; a state whose shape, dtype or device does not fit the
+            next x is an error that asks for `reset()`.
     """
 
     def __init__(self, *, stateful: bool = False, **lif_options: Any) -> None:

@@ -55,7 +55,7 @@ def official_trt(
 
     Args:
         v_threshold, v_reset: as in `lif`; None for the soft reset.
-        tau: > 0; 1 is legal, and used.
+        tau: a number > 0; 1 is legal, and used.
         surrogate_type: "sigmoid" (surrogate_param is α), "triangle" (its width), or "pseudo" with
             a surrogate_param of 0.5 (the rectangle of width 1; others are not normalised). The
             random "zo" and the learned "asgl" are refused.
@@ -133,7 +133,7 @@ def spikingjelly_lif(
         h = v - (v - v_reset) / tau + x         without
 
     Args:
-        tau: > 1.
+        tau: a number > 1.
         v_threshold, v_reset, surrogate, detach_reset: as in `spikingjelly_if`.
     """
     if checks.finite("tau", tau) <= 1:
