@@ -62,7 +62,7 @@ gpu:
 
 # The pages of docs/ as a site in out/docs, which opens from the disk; a warning is an error.
 docs: $(VENV)/requirements
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir $(abspath $(OUT))/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir $(abspath $(OUT))/docs
 
 lint: install
 	$(BIN)/ruff check .
