@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options["out"].mkdir(exist_ok=True)
                 del options["seeds"], options["batches"]
                 runs[method].append(one_run(argparse.Namespace(**options), args.batches))
-    except (DataError, CheckpointError, FloatingPointError) as error:
+    except (DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the last checkpoint")

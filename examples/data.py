@@ -19,6 +19,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def load_imagenet100(root: Path | None, steps: int) -> Data:
     )
     if train.classes != test.classes:
         raise DataError(f"{root}: train/ and val/ have different classes")
-    return Data(train, test, len(train.classes), 3, 224, False, None)
+    mixed = Subset(train, [i for turn in in_turn(train.targets) for i in turn])
+    return Data(mixed, test, len(train.classes), 3, 224, False, None)
 
 
 def load_dvs_cifar10(root: Path | None, steps: int) -> Data:
@@ -173,16 +175,23 @@ def recordings(
     found = folders(datasets.DatasetFolder, folder, loader=load, extensions=(ending,))
     kept = folder.parent / "frames" / f"{folder.name}-{steps}-{FRAME}"
     everything = cached(found, str(kept), transform=torch.as_tensor)
-    of_class: dict[int, list[int]] = {}
-    for index, label in enumerate(found.targets):
-        of_class.setdefault(label, []).append(index)
+    count = {label: found.targets.count(label) for label in set(found.targets)}
     train, test = [], []
-    for indices in of_class.values():
-        cut = -(-9 * len(indices) // 10)
-        train += indices[:cut]
-        test += indices[cut:]
+    for nth, turn in enumerate(in_turn(found.targets)):
+        for index in turn:
+            (train if 10 * nth < 9 * count[found.targets[index]] else test).append(index)
     parts = Subset(everything, train), Subset(everything, test)
     return Data(*parts, len(found.classes), 2, FRAME, True, augment)
+
+
+def in_turn(labels: list[int]) -> Iterator[list[int]]:
+    """The first sample of every class, the second of every class, and so on: so few samples of a
+    data set that is sorted are of all classes too."""
+    of_class: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        of_class.setdefault(label, []).append(index)
+    for turn in zip_longest(*of_class.values()):
+        yield [index for index in turn if index is not None]
 
 
 LOADERS: dict[str, Callable[[Path | None, int], Data]] = {

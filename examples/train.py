@@ -75,12 +75,19 @@ class Run:
 
 
 def make_network(args: argparse.Namespace, found: data.Data, group: Any = None) -> SpikingNet:
-    """The network of `--network`, for the shape of the data."""
+    """The network of `--network`, for the shape of the data.
+
+    Raises:
+        DataError: the network does not take that shape.
+    """
     options: dict[str, Any] = {"channels": found.channels, "tau": args.tau, "process_group": group}
     if args.network in ("vggsnn", "small"):
         options["size"] = found.size
     steps = None if found.frames else args.steps
-    return NETWORKS[args.network](found.classes, steps, **options)
+    try:
+        return NETWORKS[args.network](found.classes, steps, **options)
+    except ValueError as error:
+        raise DataError(f"--network {args.network} does not fit this data: {error}") from error
 
 
 def make_loss(args: argparse.Namespace, model: nn.Module) -> Loss:
@@ -388,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         found = load(args)
         done = run(args, found)
-    except (DataError, CheckpointError, FloatingPointError) as error:
+    except (DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")

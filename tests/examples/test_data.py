@@ -211,6 +211,7 @@ def test_n_caltech101(tmp_path):
         assert (len(found.train), len(found.test)) == (18, 2)
         x, label = found.train[17]
         assert x.shape == (2, 2, 48, 48) and label == 1
+        assert found.train.indices[:4] == [0, 10, 1, 11] and found.test.indices == [9, 19]
         on, off = x[0].flatten(1).sum(1), x[1].flatten(1).sum(1)
         assert on[1] > 0 and off[0] > 0 and on[0] == off[1] == 0  # [T, polarity]
         assert x[0, 1].nonzero().max() <= 1 and x[1, 0].nonzero().min() >= 46

@@ -196,6 +196,21 @@ def test_missing_data(run, tmp_path):
         run("--data", "cifar10", "--backend", "cpu", *root)
 
 
+def test_a_network_that_does_not_fit(run):
+    said = r"error: --network vggsnn does not fit this data: size: got 8, needs a multiple of 16"
+    with pytest.raises(SystemExit, match=said):
+        run(*TINY, "--network", "vggsnn")
+
+
+def test_a_full_disk(run, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(SystemExit, match=r"error: .*No space left on device"):
+        run(*TINY, out=tmp_path)
+
+
 def test_tensorboard(run, tmp_path, monkeypatch):
     """What it is told, and only of epochs that the run goes on with."""
     written = []
