@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import trt_kernels as tk
-from benchmarks import baselines, gpu, networks, peers, report, sanitized
+from benchmarks import baselines, gpu, peers, report, sanitized
 from benchmarks.clocks import EventClock, GPUClock, HostClock, Replay, WallClock, count_kernels
 from benchmarks.measure import (
     Absent,
@@ -26,6 +26,7 @@ from benchmarks.ours import ours
 from benchmarks.records import read
 from benchmarks.steps import Backward, Expected, Mismatch, Step
 from benchmarks.targets import findings
+from examples.networks import SmallNet
 
 MEGA = 1 << 20
 
@@ -281,7 +282,7 @@ def test_counts_kept_bytes():
     x = torch.rand(6, 10, requires_grad=True)
     step = Step(tk.lif, [x], [torch.rand(6, 10)])
     assert step.kept() == x.nbytes
-    params = [w for name, w in networks.resnet19() if "bias" not in name]
+    params = [w for name, w in SmallNet().named_parameters() if "bias" not in name]
 
     def penalty(*params):
         return tk.trt_penalty(params, steps=2, weight=1.0, delta=0.5)
@@ -304,10 +305,6 @@ def test_counts_what_is_kept_instead_of_a_tensor():
     assert Step(product, inputs, [torch.ones(8, 3)]).kept() == spikes.nbytes + w.nbytes
     assert Step(packed, inputs, [torch.ones(8, 3)]).kept() == spikes.nbytes // 32 + w.nbytes
     assert torch.autograd.graph.saved_tensors_hooks.__name__ == "saved_tensors_hooks"
-
-
-def test_resnet19_size():
-    assert sum(w.numel() for _, w in networks.resnet19()) == 12_630_858
 
 
 @pytest.mark.parametrize("v_reset", (0.0, 0.5))
