@@ -29,17 +29,22 @@ class TriangleSpike(Function):
 
 
 def official_lif(
-    x: Tensor, *, tau: float = 2.0, threshold: float = 1.0, v_reset: float = 0.0
+    x: Tensor,
+    *,
+    tau: float = 2.0,
+    threshold: float = 1.0,
+    v_reset: float = 0.0,
+    time_dim: int = 0,
 ) -> Tensor:
     """The official LIF: a Python loop over time, hard reset, not detached."""
     v: Any = 0
     spikes = []
-    for t in range(x.shape[0]):
-        v = v / tau + x[t]
+    for t in range(x.shape[time_dim]):
+        v = v / tau + x.select(time_dim, t)  # as x[t], or x[:, t]
         spike = TriangleSpike.apply(v - threshold)
         v = (1 - spike) * v + v_reset * spike
         spikes.append(spike)
-    return torch.stack(spikes)
+    return torch.stack(spikes, time_dim)
 
 
 def learned_lif(x: Tensor, decay: Tensor, threshold: Tensor) -> Tensor:

@@ -8,16 +8,22 @@ import torch
 from torch import Tensor
 
 import trt_kernels as tk
-from benchmarks import baselines, networks
+from benchmarks import baselines
 from benchmarks.clocks import launches
 from benchmarks.measure import Absent, Case, Measured, Variant, said
 from benchmarks.ours import ours
 from benchmarks.steps import Expected, Step
+from examples.networks import ResNet19
 
 SETTINGS = {"weight": 1e-5, "delta": 0.25}  # the paper's, for CIFAR10
 # The byte ledger: weights read; then weights read and gradients written, float32.
 BYTES = 3 * 4
 TABLE, WALL_CLOCK = "trt_penalty, forward and backward", "trt_penalty, wall clock"
+
+
+def resnet19(device: torch.device) -> list[tuple[str, Tensor]]:
+    """Its named parameters: 12,630,858."""
+    return list(ResNet19().to(device).named_parameters())
 
 
 def make_case(
@@ -84,15 +90,14 @@ def test_resnet19(
     measured: Measured, device: torch.device, pytestconfig: pytest.Config, steps: int
 ) -> None:
     """All regularized parameters in one call."""
-    named = networks.resnet19(device)
-    measured(make_case("ResNet-19", named, steps, pytestconfig.getoption("--full")))
+    measured(make_case("ResNet-19", resnet19(device), steps, pytestconfig.getoption("--full")))
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("steps", [6])
 def test_call(measured: Measured, device: torch.device, steps: int) -> None:
     """What a training loop waits for, and how many kernels it launches."""
-    case = make_case("ResNet-19", networks.resnet19(device), steps, False, WALL_CLOCK)
+    case = make_case("ResNet-19", resnet19(device), steps, False, WALL_CLOCK)
     for variant in (case.ours, *case.others):
         if isinstance(variant, Variant) and variant.name.startswith("ours"):
             case.about[f"launches, {variant.name}"] = counted(variant.step)
@@ -112,7 +117,7 @@ def counted(step: Step) -> int | str:
 def test_compiled(measured: Measured, device: torch.device, steps: int) -> None:
     """torch.compile of the closed form, in a case of its own: compiling takes long."""
     table = "trt_penalty, torch.compile of the closed form"
-    case = make_case("ResNet-19", networks.resnet19(device), steps, False, table)
+    case = make_case("ResNet-19", resnet19(device), steps, False, table)
     step, expected = case.ours.step, case.ours.expected
 
     def over(function: Callable[..., Any]) -> Step:

@@ -235,10 +235,14 @@ def launches(step: Step) -> int | None:
     return count_kernels(profiled.events()) or None
 
 
+# Names of what a profiler shows on the GPU that is no kernel.
+LAUNCHED_BY_DRIVER = ("Memcpy", "Memset")
+
+
 def count_kernels(events: Any) -> int:
     """The kernels among a profiler's events; copies and fills by the driver are none."""
-    kinds = ("Memcpy", "Memset")
     return sum(
-        event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(kinds)
+        event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(LAUNCHED_BY_DRIVER)
         for event in events
     )

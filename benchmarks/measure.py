@@ -85,6 +85,9 @@ class Case:
     element: str  # what one element is: "neuron-step", "parameter", "logit"
     copied: int  # bytes of the tensor whose copy is the yardstick of bandwidth
     about: dict[str, Any] = field(default_factory=dict)
+    # At most. Otherwise ours takes part in as many as the fastest, which for a call of seconds is
+    # the copy.
+    rounds: int = MOST_ROUNDS
 
 
 # The fixture that measures a case, on a GPU by a clock of that name.
@@ -190,6 +193,7 @@ def measure(
     calls = {name: math.ceil(SHORTEST_ROUND / seconds) for name, seconds in cost.items()}
     rounds = rounds_within(budget, {name: calls[name] * cost[name] for name in steps})
     ours = case.ours.name
+    rounds = {name: min(case.rounds, several) for name, several in rounds.items()}
     rounds[ours] = total = max(rounds.values())
     loops = {name: repeated(step, calls[name]) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -224,8 +228,7 @@ def measure(
         gc.unfreeze()
     results = {name: summary(times[name], calls[name] * each[name].calls) for name in steps}
     for name, variant in running.items():
-        if variant.step.grads is not None:
-            results[name]["kept"] = variant.step.kept()
+        results[name].update(variant.step.facts(results[name]["median"]))
         if variant.compiled:
             results[name]["compile"] = max(0.0, first[name] - results[name]["median"])
     record = {

@@ -1,6 +1,7 @@
 """Bar plots of a run: every variant's time relative to ours, one panel a case."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.records import Record, Run
 from benchmarks.report import duration, times
-from benchmarks.targets import BLOCK, PACKED, PENALTY, STEPS, TRAINING
+from benchmarks.targets import BLOCK, PACKED, PENALTY, STEP, STEPS, TRAINING
 
 PLOTS = {
     "lif.png": (TRAINING, "lif: forward and backward, time relative to ours"),
@@ -21,6 +22,18 @@ PLOTS = {
 OURS, ALSO_OURS, YARDSTICK, OTHER = "#1b6e53", "#7db59f", "#8a8f98", "#c9743a"
 YARDSTICKS = ("relu", "sum of squares", "BatchNorm2d + relu")
 COLUMNS = 2
+PART_COLOURS = {
+    "convolution": "#b9bec6",
+    "BatchNorm": "#d9a441",
+    "LIF (or ReLU)": "#c9743a",
+    "BatchNorm + LIF": "#1b6e53",
+    "regularizer": "#7a4f9a",
+    "loss": "#4a7fb5",
+    "optimizer": "#5b6470",
+    "compiled": "#d98cb3",
+    "other": "#e4e6ea",
+    "idle": "#ffffff",
+}
 
 
 def colour_of(name: str, ours: str) -> str:
@@ -48,7 +61,70 @@ def draw(run: Run, folder: Path) -> list[Path]:
     if records:
         written.append(folder / "memory.png")
         plot_memory(records, f"{run.machine}; {run.date}", written[-1])
+    records = run.of(STEP)
+    if records:
+        written.append(folder / "step.png")
+        plot_step(records, f"{run.machine}; {run.date}", written[-1])
     return written
+
+
+def plot_step(records: list[Record], caption: str, path: Path) -> None:
+    """What a training step of each variant spends its time on, one panel a case."""
+    bars = max(len(record.info["variants"]) for record in records)
+    height = len(records) * (0.42 * bars + 0.9) + 1.3
+    figure, grid = plt.subplots(len(records), 1, figsize=(10, height), squeeze=False)
+    drawn: dict[str, Any] = {}
+    for axes, record in zip(grid.flat, records, strict=True):
+        variants = record.info["variants"]
+        ends = dict.fromkeys(variants, 0.0)
+        for part, colour in PART_COLOURS.items():
+            seconds = {n: record.parts(result).get(part, 0.0) for n, result in variants.items()}
+            if any(seconds.values()):
+                drawn[part] = axes.barh(
+                    list(variants),
+                    list(seconds.values()),
+                    left=list(ends.values()),
+                    color=colour,
+                    edgecolor="white" if part != "idle" else "#b9bec6",
+                    linewidth=0.4,
+                    height=0.72,
+                )
+                ends = {name: ends[name] + seconds[name] for name in ends}
+        for position, (name, result) in enumerate(variants.items()):
+            label = f"{duration(result['median'])}, {times(result['median'] / record.seconds)}"
+            text = label if name != record.info["ours"] else duration(record.seconds)
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(text, (result["median"], position), fontsize=8.5, **place)
+        axes.set_xlim(0, 1.18 * max(result["median"] for result in variants.values()))
+        axes.invert_yaxis()
+        axes.set_title(record.case, fontsize=10, loc="left")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+    grid.flat[-1].set_xlabel("seconds a step")
+    figure.suptitle(
+        "a training step: forward, loss, backward, optimizer",
+        fontsize=13,
+        fontweight="bold",
+        x=0.02,
+        ha="left",
+    )
+    order = [part for part in PART_COLOURS if part in drawn]
+    figure.legend(
+        [drawn[part] for part in order],
+        order,
+        loc="upper left",
+        bbox_to_anchor=(0.01, 1 - 0.42 / height),
+        ncols=len(order),
+        frameon=False,
+        fontsize=8.5,
+    )
+    figure.text(0.02, 0.012, caption, fontsize=8, color="#555555")
+    figure.tight_layout(rect=(0, 0.03, 1, 1 - 0.5 / height))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def plot_memory(records: list[Record], caption: str, path: Path) -> None:

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Parts of a training step, in the order of tables and plots.
+CONVOLUTION, NORM, NEURONS = "convolution", "BatchNorm", "LIF (or ReLU)"
+BLOCK = "BatchNorm + LIF"
+REGULARIZER, LOSS, OPTIMIZER = "regularizer", "loss", "optimizer"
+COMPILED, OTHER, IDLE = "compiled", "other", "idle"
+PARTS = (CONVOLUTION, NORM, NEURONS, BLOCK, REGULARIZER, LOSS, OPTIMIZER, COMPILED, OTHER, IDLE)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -58,6 +65,24 @@ class Record:
     def kept(self, result: dict[str, Any]) -> float | None:
         """Bytes that a variant keeps for its backward pass, per element."""
         return result["kept"] / self.info["elements"] if "kept" in result else None
+
+    def parts(self, result: dict[str, Any]) -> dict[str, float]:
+        """Seconds of the parts of a step, together its median.
+
+        On a CPU they are the shares of one profiled step; on a GPU its kernels, and it is idle for
+        the rest.
+        """
+        parts: dict[str, float] = result.get("parts", {})
+        median, total = float(result["median"]), sum(parts.values())
+        if self.info.get("device") == "cuda" and total < median:
+            return {**parts, IDLE: median - total} if parts else {}
+        return {name: seconds / total * median for name, seconds in parts.items()}
+
+    def disturbed(self, result: dict[str, Any]) -> float | None:
+        """Seconds of the profiled step, where they are far from the median on a CPU."""
+        total = sum(result.get("parts", {}).values())
+        far = abs(total / float(result["median"]) - 1) > 0.25
+        return total if total and far and self.info.get("device") != "cuda" else None
 
 
 @dataclass(frozen=True)

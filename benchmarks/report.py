@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Record, Run, read
-from benchmarks.targets import Finding, findings
+from benchmarks.records import PARTS, Record, Run, read
+from benchmarks.targets import STEP, Finding, findings
 
 LEGEND = (
     "`N×`: times slower than ours, by the medians of runs in turn (below 1: faster). "
@@ -85,6 +85,30 @@ def table(records: list[Record]) -> Iterator[str]:
         yield row([*cells, *(cell(record, name) for name in columns)])
 
 
+def step_table(records: list[Record]) -> Iterator[str]:
+    """A line for every variant of a training step, with the shares of its parts."""
+    every = [r.parts(result) for r in records for result in r.info["variants"].values()]
+    parts = [part for part in PARTS if any(part in each for each in every)]
+    called = "kernels" if any("launches" in record.ours for record in records) else "operations"
+    yield row(["case", "", "time", "÷ ours", "peak", "kept", called, *parts])
+    yield row(["---", "---", *["---:"] * (5 + len(parts))])
+    for record in records:
+        for name, result in record.info["variants"].items():
+            own = record.parts(result)
+            count = result.get("launches", result.get("operations", ""))
+            yield row(
+                [
+                    record.case,
+                    name,
+                    duration(result["median"]),
+                    times(result["median"] / record.seconds),
+                    *(size(result[key]) if key in result else "" for key in ("peak", "kept")),
+                    f"{count:,}" if count else "",
+                    *(f"{own[p] / result['median']:.1%}" if p in own else "" for p in parts),
+                ]
+            )
+
+
 def row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -107,7 +131,13 @@ def cell(record: Record, name: str) -> str:
 def notes(records: list[Record]) -> Iterator[str]:
     """Compile times, and what was left out."""
     for record in records:
-        for name, result in record.others.items():
+        for name, result in record.info["variants"].items():
+            profiled = record.disturbed(result)
+            if profiled is not None:
+                yield (
+                    f"{record.case}: the parts of {name} are the shares of a step that took "
+                    f"{duration(profiled)} under the profiler."
+                )
             if "compile" in result:
                 seconds = result["compile"]
                 yield f"{record.case}: {name} took {seconds:.1f} s to compile, not counted above."
@@ -158,7 +188,8 @@ def tables(run: Run) -> Iterator[str]:
         yield from ("", f"Bandwidth of the largest copies: {(bandwidth or 0) / 1e9:.4g} GB/s.")
     for name in dict.fromkeys(record.table for record in run.records):
         records = [record for record in run.records if record.table == name]
-        yield from ("", f"## {name}", "", *table(records))
+        lines = step_table(records) if name == STEP else table(records)
+        yield from ("", f"## {name}", "", *lines)
         remarks = list(notes(records))
         if remarks:
             yield from ("", *(f"* {note}" for note in remarks))

@@ -54,6 +54,10 @@ class Step:
         """The same over other tensors."""
         return type(self)(self.function, inputs, grads)
 
+    def facts(self, median: float) -> dict[str, Any]:
+        """What is told of the step beside its time, `median` seconds."""
+        return {} if self.grads is None else {"kept": self.kept()}
+
     def kept(self) -> int:
         """Bytes of the distinct storages that the forward pass keeps for the backward pass.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.records import Record, Run
+from benchmarks.records import REGULARIZER, Record, Run
 
 TRAINING = "lif, forward and backward"
 SURROGATES = "lif, surrogates"
@@ -25,11 +25,14 @@ CONSTANT = "lif, constant current"
 RATES = "lif, rates of every step"
 PACKED = "a network with packed spikes"
 ACCELERATED = "accelerate, networks of SpikingJelly"
+STEP = "a training step"
 ACCELERATED_STEPS = "accelerate, a loop over time of snnTorch"
 # Variants that targets ask for.
 AS_IT_IS = "as it is"
 SEPARATE = "BatchNorm2d + lif"
 SEPARATE_NETWORK = "BatchNorm2d + LIF"
+OFFICIAL_STEP = "official"
+RELU_STEP = "ReLU network"
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,26 @@ def network_kept(run: Run) -> Measurements:
             yield record.case, record.ours["kept"] / usual
 
 
+def of_official(fact: str) -> Callable[[Run], Measurements]:
+    """What our step keeps, or has alive at its peak, over what the official one does."""
+
+    def numbers(run: Run) -> Measurements:
+        for record in run.of(STEP):
+            usual = record.others.get(OFFICIAL_STEP, {}).get(fact)
+            if usual and fact in record.ours:
+                yield record.case, record.ours[fact] / usual
+
+    return numbers
+
+
+def of_regularizer(run: Run) -> Measurements:
+    """The regularizer's share of our step."""
+    for record in run.of(STEP):
+        parts = record.parts(record.ours)
+        if parts:
+            yield record.case, parts.get(REGULARIZER, 0.0) / sum(parts.values())
+
+
 def between_backends(run: Run) -> Measurements:
     """The slower of our backends over the faster."""
     for table in (TRAINING, INFERENCE, BACKWARD, BLOCK):
@@ -300,6 +323,8 @@ CPU_TARGETS = (
     ),
     Target(f"{SEPARATE} ÷ `batch_norm_lif` time", 1.5, times_ours(BLOCK, SEPARATE), True),
     Target("`lif`, dearest ÷ cheapest neuron-step", 1.15, between_steps),
+    Target("official training step ÷ ours", 1.6, times_ours(STEP, OFFICIAL_STEP), True),
+    Target("our training step keeps ÷ the official one", 1 / 3, of_official("kept")),
     *MEMORY_TARGETS,
 )
 GPU_TARGETS = (
@@ -338,5 +363,9 @@ GPU_TARGETS = (
     ),
     Target("`trt_penalty` keeps beside the parameters, B each", 0, kept_beyond_parameters),
     Target("`batch_norm_lif`, fraction of copy bandwidth", 0.85, of_copy(BLOCK), True),
+    Target("official training step ÷ ours", 2.5, times_ours(STEP, OFFICIAL_STEP), True),
+    Target("our training step's peak memory ÷ the official one's", 1 / 3, of_official("peak")),
+    Target("our training step ÷ the same with ReLU", 1.15, slower_than(STEP, RELU_STEP)),
+    Target("the regularizer's share of our training step", 0.01, of_regularizer),
     *MEMORY_TARGETS,
 )

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import trt_kernels as tk
-from benchmarks import baselines, gpu, networks, peers, report, sanitized
+from benchmarks import baselines, gpu, peers, report, sanitized
 from benchmarks.clocks import EventClock, GPUClock, HostClock, Replay, WallClock, count_kernels
 from benchmarks.measure import (
     Absent,
@@ -23,9 +24,11 @@ from benchmarks.measure import (
     rounds_within,
 )
 from benchmarks.ours import ours
-from benchmarks.records import read
+from benchmarks.parts import costs, most_alive, seconds_of_parts
+from benchmarks.records import PARTS, Record, read
 from benchmarks.steps import Backward, Expected, Mismatch, Step
 from benchmarks.targets import findings
+from examples.networks import SmallNet, SpikingNet
 
 MEGA = 1 << 20
 
@@ -85,6 +88,13 @@ def test_runs_variants_in_turn(monkeypatch):
     assert record["checked"] == ["a", "b"]
     assert record["skipped"] == {"d": "gone"}
     assert record["copy"]["moved"] == 64
+
+
+def test_a_case_limits_its_rounds():
+    case = make_case(*(Variant(n, doubling([], n)) for n in "ab"))
+    case.rounds = 3
+    record = measure(Clock(), case, budget=10.0)
+    assert {result["rounds"] for result in record["variants"].values()} == {3}
 
 
 @pytest.mark.parametrize("culprit", ("ours", "other"))
@@ -281,7 +291,7 @@ def test_counts_kept_bytes():
     x = torch.rand(6, 10, requires_grad=True)
     step = Step(tk.lif, [x], [torch.rand(6, 10)])
     assert step.kept() == x.nbytes
-    params = [w for name, w in networks.resnet19() if "bias" not in name]
+    params = [w for name, w in SmallNet().named_parameters() if "bias" not in name]
 
     def penalty(*params):
         return tk.trt_penalty(params, steps=2, weight=1.0, delta=0.5)
@@ -304,10 +314,6 @@ def test_counts_what_is_kept_instead_of_a_tensor():
     assert Step(product, inputs, [torch.ones(8, 3)]).kept() == spikes.nbytes + w.nbytes
     assert Step(packed, inputs, [torch.ones(8, 3)]).kept() == spikes.nbytes // 32 + w.nbytes
     assert torch.autograd.graph.saved_tensors_hooks.__name__ == "saved_tensors_hooks"
-
-
-def test_resnet19_size():
-    assert sum(w.numel() for _, w in networks.resnet19()) == 12_630_858
 
 
 @pytest.mark.parametrize("v_reset", (0.0, 0.5))
@@ -394,6 +400,210 @@ def test_small_cases_are_right_and_state_their_bytes(bench, file, test, argument
     if file == "packing":
         usual = checked.variants["BatchNorm2d + LIF"].step.kept()
         assert case.ours.step.kept() < usual - 4 * case.elements
+
+
+class TinyNet(SpikingNet):
+    """A convolution, two residual blocks, a pooling and a readout of spiking neurons."""
+
+    def __init__(self, classes=10, steps=4, **options):
+        super().__init__(steps, **options)
+        self.add_conv(3, 8)
+        self.add_residuals(8, 12, 2, 2, spiking_shortcut=False)
+        self.add_pool(nn.AvgPool2d(2))
+        self.readout = nn.Sequential(
+            nn.Linear(48, 16), tk.nn.LIF(**self.neuron), nn.Linear(16, classes)
+        )
+
+
+@pytest.fixture
+def step_case(bench):
+    """A training step of a tiny network, of images or of frames."""
+
+    def make(sequences=False, half=None, kind=TinyNet):
+        step = bench("step")
+        setting = step.Setting("tiny", kind, 4, (3, 8, 8), sequences, 1e-2, 0.5, 0.05)
+        return step.make_case(setting, 3, torch.device("cpu"), half)
+
+    return make
+
+
+@pytest.mark.parametrize("half", (None, torch.bfloat16))
+@pytest.mark.parametrize("sequences", (False, True))
+def test_training_steps_match_the_official_one(step_case, sequences, half):
+    case = step_case(sequences, half)
+    checked = check(case, HostClock())
+    assert not set(checked.skipped) - {"SpikingJelly"} and not checked.failed
+    assert {"ours", "ours, not packed", "official", "ReLU network"} <= set(checked.variants)
+    steps = {name: variant.step for name, variant in checked.variants.items()}
+    official = steps["official"]
+    assert len(official.spikes) == 6 and all(0 < s.float().mean() < 1 for s in official.spikes[:5])
+    # Neurons of the first layer, then two in each block, then one of the readout.
+    assert case.elements == 3 * 4 * (8 * 64 + 4 * 12 * 16 + 16)
+    # Nothing that is measured changes the weights, so every round computes the same.
+    before = [w.detach().clone() for w in steps["ours"].inputs]
+    loss = float(steps["ours"].loss().detach())
+    for _ in range(2):
+        steps["ours"]()
+    assert all(map(torch.equal, before, steps["ours"].inputs))
+    assert float(steps["ours"].loss().detach()) == loss
+    assert steps["ours"].kept() < steps["ours, not packed"].kept() < official.kept()
+
+
+def test_training_steps_that_are_wrong_are_refused(step_case):
+    """Spikes of another neuron; and the right spikes with another gradient, of one parameter."""
+    case = step_case(kind=lambda **options: TinyNet(tau=3.0, **options))
+    with pytest.raises(Mismatch, match=r"BatchNormLIF: .* of the spikes differ from the official"):
+        case.ours.first(HostClock())
+    case = step_case(kind=lambda **options: TinyNet(detach_reset=True, **options))
+    with pytest.raises(Mismatch, match="ours: gradient"):
+        case.ours.first(HostClock())
+    case = step_case()
+    truth, scaled = case.others[1].step, case.ours.step
+    wanted = Expected(truth, case.ours.expected.output, case.ours.expected.gradient)
+    outputs, grads = scaled.results()
+    wanted.check("ours", (outputs, grads))
+    for index in range(len(grads)):
+        wrong = [g * 1.01 if i == index else g for i, g in enumerate(grads)]
+        with pytest.raises(Mismatch, match=f"ours: gradient {index}:"):
+            wanted.check("ours", (outputs, wrong))
+
+
+def test_parts_of_a_training_step(step_case):
+    case = step_case()
+    found = {}
+    for variant in (case.ours, *case.others):
+        if not isinstance(variant, Absent):
+            facts = variant.step.facts(1.0)
+            record = Record({"variants": {}})
+            shares = record.parts({"median": 2.0, "parts": facts["parts"]})
+            assert sum(shares.values()) == pytest.approx(2.0)
+            assert all(facts[name] > 0 for name in ("peak", "kept", "operations"))
+            found[variant.name] = facts
+    usual = {"convolution", "BatchNorm", "LIF (or ReLU)", "loss", "optimizer", "other"}
+    assert set(found["official"]["parts"]) == usual | {"regularizer"}
+    assert set(found["ours"]["parts"]) == usual | {"regularizer", "BatchNorm + LIF"}
+    assert set(found["ReLU network"]["parts"]) == usual
+    assert found["ours"]["operations"] < found["official"]["operations"] / 4
+    assert not any(
+        getattr(m, hooks)
+        for m in case.ours.step.net.modules()
+        for hooks in ("_forward_hooks", "_forward_pre_hooks")
+    )
+
+
+def test_parts_are_found_forward_and_backward():
+    """A layer that only waits, in one pass or the other, is found to take the time."""
+
+    class Waiting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, forward, backward):
+            ctx.backward = backward
+            time.sleep(forward)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(ctx.backward)
+            return grad, None, None
+
+    class Layer(nn.Conv2d):
+        def __init__(self, *waits):
+            super().__init__(1, 1, 1)
+            self.waits = waits
+
+        def forward(self, x):
+            return Waiting.apply(super().forward(x), *self.waits)
+
+    for waits in ((0.2, 0.0), (0.0, 0.2)):
+        net = nn.Sequential(Layer(*waits), nn.ReLU())
+        optimizer = torch.optim.SGD(net.parameters(), 0.0)
+
+        def step(net=net):
+            net(torch.rand(1, 1, 4, 4)).sum().backward()
+
+        step.optimizer = optimizer
+        assert costs(step, net, torch.device("cpu"), 0.2)["parts"]["convolution"] >= 0.2
+
+
+def test_parts_of_a_gpu_are_those_of_its_kernels():
+    kernel = SimpleNamespace(name="kernel", duration=3.0)
+    shown = SimpleNamespace(name="convolution", duration=9.0)  # the range itself
+
+    def event(name, number=-1, scope=0, around=None, launched=(), start=0):
+        return SimpleNamespace(
+            name=name,
+            sequence_nr=number,
+            scope=scope,
+            cpu_parent=around,
+            kernels=list(launched),
+            time_range=SimpleNamespace(start=start),
+        )
+
+    layer = event("convolution", scope=7, launched=[shown])
+    forward = event("aten::conv2d", 5, around=layer, launched=[kernel], start=1)
+    node = event("autograd::engine::evaluate_function: ConvolutionBackward0", 5, start=2)
+    backward = event("ConvolutionBackward0", 5, scope=1, around=node, start=3)
+    deep = event("aten::mm", around=backward, launched=[kernel, kernel], start=4)
+    add = event("aten::add_", launched=[kernel], start=5)
+    found = seconds_of_parts([layer, forward, node, backward, deep, add], on_gpu=True)
+    assert found == {"convolution": pytest.approx(9e-6), "other": pytest.approx(3e-6)}
+    record = Record({"device": "cuda"})
+    assert record.parts({"median": 1.0, "parts": {"loss": 0.75}}) == {"loss": 0.75, "idle": 0.25}
+
+
+def test_most_alive():
+    def change(at, nbytes, name="[memory]"):
+        return SimpleNamespace(start_ns=lambda: at, nbytes=lambda: nbytes, name=lambda: name)
+
+    changes = [change(3, -4), change(1, 4), change(4, 2), change(2, 8), change(2, 99, "aten::add")]
+    assert most_alive(changes) == 12
+
+
+def step_json(path, device="cpu"):
+    """A training step of two networks."""
+    parts = {"convolution": 6.0, "BatchNorm + LIF": 1.9, "regularizer": 0.1}
+    benchmarks = []
+    for network, official in (("ResNet-19", 1.5), ("VGGSNN", 1.7)):
+        others = {"official": official, "ReLU network": 0.8}
+        info = record("a training step", f"{network}, batch 4", 1.0, others, network=network)
+        for name, result in info["variants"].items():
+            result.update(parts=parts, peak=3 * MEGA, kept=2 * MEGA, operations=1234)
+            if name == "official":
+                result.update(peak=12 * MEGA, kept=5 * MEGA, operations=9876)
+        if device == "cuda":
+            info |= {"device": device, "clock": "wall", "failed": {}}
+        benchmarks.append({"extra_info": info})
+    path.write_text(json.dumps({"machine_info": {}, "benchmarks": benchmarks}))
+    return path
+
+
+def test_training_steps_are_judged_and_drawn(tmp_path):
+    run = read([step_json(tmp_path / "step.json")])
+    judged = [(f.target, f.value, report.verdict(f)) for f in findings(run) if "step" in f.target]
+    official, kept = "official training step ÷ ours", "our training step keeps ÷ the official one"
+    assert (official, 1.5, "**missed**") in judged and (official, 1.7, "met") in judged
+    assert judged.count((kept, 0.4, "**missed**")) == 2
+    text = report.markdown(run)
+    assert "the parts of ours are the shares of a step that took 8 s under the profiler" in text
+    assert "| ResNet-19, batch 4 | official | 1.5 s | 1.50× | 12.6 MB | 5.24 MB | 9,876 |" in text
+    assert "| 75.0% | 23.8% | 1.3% |" in text
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import PART_COLOURS, draw
+
+    (path,) = draw(run, tmp_path)
+    assert path.name == "step.png" and path.read_bytes().startswith(b"\x89PNG")
+    assert tuple(PART_COLOURS) == PARTS
+
+
+def test_training_steps_on_a_gpu_are_judged(tmp_path):
+    run = read([step_json(tmp_path / "step.json", "cuda")])
+    judged = {f.target: (f.value, report.verdict(f)) for f in findings(run)}
+    assert judged["official training step ÷ ours"] == (1.7, "**missed**")
+    assert judged["our training step's peak memory ÷ the official one's"] == (0.25, "met")
+    assert judged["our training step ÷ the same with ReLU"] == (1.25, "**missed**")
+    # Kernels of 8 s cannot be within a step of 1 s: shares of what was measured.
+    share, verdict = judged["the regularizer's share of our training step"]
+    assert share == pytest.approx(0.0125) and verdict == "**missed**"
 
 
 @pytest.mark.parametrize("steps", (1, 6))
