@@ -13,8 +13,10 @@ from benchmarks.parts import Neurons, costs
 from benchmarks.records import OPTIMIZER
 from benchmarks.steps import Mismatch, Results, Step, Tensors
 
-# Of a layer's spikes, given the same input: rounding moves a potential over the threshold.
+# Of a layer's spikes, given the same input: rounding moves a potential over the threshold. A few
+# are allowed in a layer however small.
 DIFFERENT_SPIKES = {None: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+FEW = 3
 
 
 class TrainingStep(Step):
@@ -93,15 +95,15 @@ class TrainingStep(Step):
         if guide.spikes is None:
             guide.results()
         spikes = iter(guide.spikes or ())
-        allowed = DIFFERENT_SPIKES[self.half]
+        share = DIFFERENT_SPIKES[self.half]
 
         def replace(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
             wanted = next(spikes).movedim(0, self.time_dim).to(out.dtype).contiguous()
-            different = float((out.detach() != wanted).double().mean())
-            if not different <= allowed:
+            different = int((out.detach() != wanted).sum())
+            if different > max(FEW, share * out.numel()):
                 raise Mismatch(
-                    f"{type(module).__name__}: {different:.1e} of the spikes differ from the "
-                    f"official ones on the same input, allowed {allowed}"
+                    f"{type(module).__name__}: {different} of {out.numel()} spikes differ from the "
+                    f"official ones on the same input, allowed {share:g} of them"
                 )
             # Its own gradient, of the guide's value.
             return wanted + (out - out.detach())
@@ -127,6 +129,10 @@ class Unguided(TrainingStep):
         grads = torch.autograd.grad(self.scaler.scale(loss), self.inputs)
         size = torch.cat([grad.flatten() for grad in grads]).norm() / self.scaler.get_scale()
         return [loss.detach()], [size]
+
+    def facts(self, median: float) -> dict[str, Any]:
+        """Without operations: under a mode that counts them torch.compile runs what is as it is."""
+        return {k: fact for k, fact in super().facts(median).items() if k != "operations"}
 
 
 @contextmanager
