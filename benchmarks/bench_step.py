@@ -20,6 +20,7 @@ from benchmarks.steps import Expected
 from benchmarks.targets import OFFICIAL_STEP, RELU_STEP, STEP
 from benchmarks.training import TrainingStep, Unguided
 from examples.networks import VGGSNN, ResNet19, SpikingNet, over_time
+from examples.settings import SETTINGS, Settings
 
 # Relative errors of the gradient of each parameter, the spikes being the same.
 SPREAD = {None: 5e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
@@ -29,16 +30,17 @@ UNGUIDED_SPREAD = 0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """A published setting (method.md, section 5); `steps` is T, `shape` that of an image."""
+    """A network at its published settings; `shape` is that of an image, or of a frame."""
 
     title: str
     kind: Callable[..., SpikingNet]
-    steps: int
     shape: tuple[int, int, int]
     sequences: bool
-    weight: float
-    delta: float
-    mse_ratio: float
+    published: Settings
+
+    @property
+    def steps(self) -> int:
+        return self.published.steps
 
     def network(self, sequences: bool) -> SpikingNet:
         """A network for sequences, or for images, which it shows T times."""
@@ -50,13 +52,9 @@ class Setting:
             return torch.rand(size, *self.shape)
         return (torch.rand(size, self.steps, *self.shape) > 0.8).float()
 
-    @property
-    def penalty(self) -> dict[str, Any]:
-        return {"steps": self.steps, "weight": self.weight, "delta": self.delta}
 
-
-RESNET19 = Setting("ResNet-19", ResNet19, 6, (3, 32, 32), False, 1e-5, 0.25, 0.05)
-VGG = Setting("VGGSNN", VGGSNN, 10, (2, 48, 48), True, 5e-5, 0.5, 0.001)
+RESNET19 = Setting("ResNet-19", ResNet19, (3, 32, 32), False, SETTINGS["cifar10"])
+VGG = Setting("VGGSNN", VGGSNN, (2, 48, 48), True, SETTINGS["dvs-cifar10"])
 
 
 class Norm(nn.BatchNorm2d):
@@ -116,17 +114,16 @@ def make_case(
     batch: int,
     device: torch.device,
     half: torch.dtype | None = None,
-    *,
-    peer: bool = True,
     compiled: bool = False,
 ) -> Case:
     """A step of every variant, from the same weights, on the same batch.
 
-    `peer`: with SpikingJelly; `compiled`: with torch.compile of the official step.
+    `compiled`: with torch.compile of the official step.
     """
     x, target = setting.batch(batch).to(device), torch.randint(10, (batch,)).to(device)
-    net = setting.network(setting.sequences)
+    net = setting.network(setting.sequences).to(device)
     weights = net.state_dict()
+    regularizer = {"weight": setting.published.weight, "delta": setting.published.delta}
 
     def others(neurons: Callable[[], nn.Module], sequences: bool = True) -> SpikingNet:
         same = setting.network(sequences)
@@ -151,9 +148,11 @@ def make_case(
         def objective(logits: Tensor) -> Tensor:
             with record_function(LOSS):
                 steps_first = logits.transpose(0, 1) if time_dim else logits
-                loss = loss_of(steps_first, target, mse_ratio=setting.mse_ratio)
+                loss = loss_of(steps_first, target, mse_ratio=setting.published.mse_ratio)
             with record_function(REGULARIZER):
-                return loss + penalty_of(list(net.named_parameters()), **setting.penalty)
+                return loss + penalty_of(
+                    list(net.named_parameters()), steps=setting.steps, **regularizer
+                )
 
         return objective
 
@@ -166,16 +165,18 @@ def make_case(
         official, x, plain(official, 1), shown=repeated_second, half=half, time_dim=1
     )
     expected = Expected(truth, SPREAD[half], SPREAD[half])
-    criterion = tk.TRTLoss(
-        net.to(device), weight=setting.weight, delta=setting.delta, mse_ratio=setting.mse_ratio
-    )
+    channels_last = setting.network(setting.sequences)
+    channels_last.load_state_dict(weights)
+    channels_last.to(device, memory_format=torch.channels_last)
 
-    def trt(logits: Tensor) -> Tensor:
-        with record_function(LOSS):
-            loss: Tensor = criterion(logits, target)
-            return loss
+    def ours(net: SpikingNet, packed: bool = False) -> TrainingStep:
+        criterion = tk.TRTLoss(net, mse_ratio=setting.published.mse_ratio, **regularizer)
 
-    def ours(packed: bool) -> TrainingStep:
+        def trt(logits: Tensor) -> Tensor:
+            with record_function(LOSS):
+                loss: Tensor = criterion(logits, target)
+                return loss
+
         return TrainingStep(net, x, trt, shown=time_first, half=half, packed=packed, guide=truth)
 
     def spikingjelly() -> Variant:
@@ -187,9 +188,10 @@ def make_case(
 
     relu = others(lambda: Relu(setting.steps), setting.sequences)
     variants: list[Variant | Absent] = [
-        Variant("ours, not packed", ours(False), expected),
+        Variant("ours, packed", ours(net, packed=True), expected),
+        Variant("ours, channels_last", ours(channels_last), expected),
         Variant(OFFICIAL_STEP, truth),
-        *([optional("SpikingJelly", spikingjelly)] if peer else []),
+        optional("SpikingJelly", spikingjelly),
         Variant(RELU_STEP, TrainingStep(relu, x, entropy, shown=time_first, half=half)),
     ]
     if compiled:
@@ -206,7 +208,7 @@ def make_case(
     return Case(
         STEP,
         f"{setting.title}, T = {setting.steps}, batch {batch}, {size}, {dtype}",
-        Variant("ours", ours(True), expected),
+        Variant("ours", ours(net), expected),
         variants,
         # Of the neurons' blocks alone: what convolutions move is their own.
         moved=(32 if half is None else 16) * elements,
@@ -252,11 +254,6 @@ def test_training(
     batch: int,
     half: torch.dtype | None,
 ) -> None:
-    """Forward pass, loss, backward pass and Adam.
-
-    With --full `torch.compile`, which takes minutes, and on a CPU SpikingJelly, which is as slow as
-    the official code there.
-    """
+    """Forward pass, loss, backward pass and Adam; with --full `torch.compile`, which takes minutes."""
     full = pytestconfig.getoption("--full")
-    peer = full or device.type != "cpu"
-    measured(make_case(setting, batch, device, half, peer=peer, compiled=full), "wall")
+    measured(make_case(setting, batch, device, half, full), "wall")
