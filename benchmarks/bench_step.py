@@ -254,6 +254,6 @@ def test_training(
     batch: int,
     half: torch.dtype | None,
 ) -> None:
-    """Forward pass, loss, backward pass and Adam; with --full `torch.compile`, which takes minutes."""
+    """Forward pass, loss, backward pass and Adam; with --full `torch.compile`: it takes minutes."""
     full = pytestconfig.getoption("--full")
     measured(make_case(setting, batch, device, half, full), "wall")
