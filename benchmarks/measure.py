@@ -85,9 +85,9 @@ class Case:
     element: str  # what one element is: "neuron-step", "parameter", "logit"
     copied: int  # bytes of the tensor whose copy is the yardstick of bandwidth
     about: dict[str, Any] = field(default_factory=dict)
-    # At most. Otherwise ours takes part in as many as the fastest, which for a call of seconds is
+    # At least and at most. Ours takes part in as many as the fastest, which for a call of seconds is
     # the copy.
-    rounds: int = MOST_ROUNDS
+    rounds: tuple[int, int] = (FEWEST_ROUNDS, MOST_ROUNDS)
 
 
 # The fixture that measures a case, on a GPU by a clock of that name.
@@ -111,13 +111,12 @@ def repeated(step: Callable[[], Any], calls: int) -> Callable[[], None]:
     return run
 
 
-def rounds_within(budget: float, costs: dict[str, float]) -> dict[str, int]:
+def rounds_within(
+    budget: float, costs: dict[str, float], fewest: int = FEWEST_ROUNDS, most: int = MOST_ROUNDS
+) -> dict[str, int]:
     """Rounds of each variant: all share the budget equally, and a slow one gets fewer rounds."""
     share = budget / len(costs)
-    return {
-        name: min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(share / cost)))
-        for name, cost in costs.items()
-    }
+    return {name: min(most, max(fewest, int(share / cost))) for name, cost in costs.items()}
 
 
 def is_due(index: int, rounds: int, total: int) -> bool:
@@ -191,9 +190,9 @@ def measure(
         for name, step in steps.items()
     }
     calls = {name: math.ceil(SHORTEST_ROUND / seconds) for name, seconds in cost.items()}
-    rounds = rounds_within(budget, {name: calls[name] * cost[name] for name in steps})
+    costs = {name: calls[name] * cost[name] for name in steps}
+    rounds = rounds_within(budget, costs, *case.rounds)
     ours = case.ours.name
-    rounds = {name: min(case.rounds, several) for name, several in rounds.items()}
     rounds[ours] = total = max(rounds.values())
     loops = {name: repeated(step, calls[name]) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
