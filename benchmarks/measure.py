@@ -85,8 +85,7 @@ class Case:
     element: str  # what one element is: "neuron-step", "parameter", "logit"
     copied: int  # bytes of the tensor whose copy is the yardstick of bandwidth
     about: dict[str, Any] = field(default_factory=dict)
-    # At least and at most. Ours takes part in as many as the fastest, which for a call of seconds is
-    # the copy.
+    # At least and at most. Ours has as many as the fastest: for a call of seconds, the copy.
     rounds: tuple[int, int] = (FEWEST_ROUNDS, MOST_ROUNDS)
 
 

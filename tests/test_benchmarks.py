@@ -91,11 +91,13 @@ def test_runs_variants_in_turn(monkeypatch):
     assert record["copy"]["moved"] == 64
 
 
-def test_a_case_limits_its_rounds():
+@pytest.mark.parametrize(("limits", "budget"), [((1, 3), 10.0), ((5, 9), 1e-9)])
+def test_a_case_limits_its_rounds(limits, budget):
     case = make_case(*(Variant(n, doubling([], n)) for n in "ab"))
-    case.rounds = 3
-    record = measure(Clock(), case, budget=10.0)
-    assert {result["rounds"] for result in record["variants"].values()} == {3}
+    case.rounds = limits
+    record = measure(Clock(), case, budget)
+    expected = limits[1] if budget > 1 else limits[0]
+    assert {result["rounds"] for result in record["variants"].values()} == {expected}
 
 
 @pytest.mark.parametrize("culprit", ("ours", "other"))
