@@ -1,8 +1,6 @@
 """Checkpoints that are either whole or not there, and that are read with suspicion."""
 
 import os
-import pickle
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,23 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
     An interruption at any moment leaves the old one or the new one, and never half of it.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    write(path, {"format": FORMAT, **content})
+
+
+def write(path: Path, content: Any, ending: str = ".part") -> None:
+    """Puts a file of `torch.save` in its place when all of it is on the disk.
+
+    `ending`: of the name that it has until then; processes that write the same file differ in it.
+    """
+    part = path.with_name(path.name + ending)
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
+        with part.open("wb") as file:
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
@@ -46,8 +52,8 @@ def load(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()  # torch.load compares no checksums
         if damaged is None:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # damage shows in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason})") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged ({damaged} has another checksum)")

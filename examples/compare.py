@@ -3,10 +3,10 @@
     python -m examples.compare                         # event streams of digits, 5 seeds
     python -m examples.compare --data digits --limit 200 --seeds 3
 
-Every other option is one of `examples.train`. Each run is a folder METHOD-SEED below `--out`; one
-that is finished is not trained again, one that was interrupted goes on. Writes comparison.json,
-comparison.md and comparison.png: accuracy with its spread, generalisation gap, Fisher information
-and loss landscape of every method.
+Options are those of `examples.train`, without --method and --resume. Each run is a folder
+METHOD-SEED below `--out`; one that is finished is not trained again, one that was interrupted goes
+on. Writes comparison.json, comparison.md and comparison.png: accuracy with its spread,
+generalisation gap, Fisher information and loss landscape of every method.
 
 The gap is that between the test set and the training samples (augmented as in training), both in
 evaluation mode.
@@ -14,7 +14,6 @@ evaluation mode.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ import torch
 
 import trt_kernels as tk
 from examples import observe, plots, train
-from examples.checkpoint import CheckpointError
-from examples.data import DataError, Training
+from examples.data import Training
 from examples.networks import SpikingNet
 
 METHODS = tuple(plots.METHODS)
@@ -44,7 +42,7 @@ def observed_epochs(epochs: int) -> list[int]:
 
 def one_run(args: argparse.Namespace, batches: int) -> dict[str, Any]:
     """Trains a network, if it is not trained yet, and says what was found."""
-    fisher_file = args.out / "fisher.json"
+    fisher_file = args.out / f"fisher-{batches}.json"  # of so many batches
     fisher: dict[str, list[float]] = {}
     if (args.out / "checkpoint.pt").is_file() and fisher_file.is_file():
         args.resume = True
@@ -56,7 +54,9 @@ def one_run(args: argparse.Namespace, batches: int) -> dict[str, Any]:
     def after_epoch(model: SpikingNet, epoch: int) -> None:
         if epoch in epochs:
             fisher[str(epoch)] = observe.fisher_information(model, seen).tolist()
-            fisher_file.write_text(json.dumps(fisher))
+            part = fisher_file.with_suffix(".part")
+            part.write_text(json.dumps(fisher))
+            part.replace(fisher_file)
 
     found = train.load(args)
     seen += observe.training_batches(args, found, batches)
@@ -106,10 +106,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m examples.compare", description=__doc__.partition("\n")[0]
     )
     train.add_options(parser)
-    parser.set_defaults(data="digit-events")
+    parser.set_defaults(data="digit-events", method=None)
     parser.add_argument("--seeds", type=train.number(int, 1), default=5, help="how many")
     parser.add_argument("--batches", type=train.number(int, 1), default=4, help="to observe")
     args = parser.parse_args(argv)
+    train.alone(parser)
+    if args.method is not None:
+        parser.error("argument --method: all are compared")
+    if args.resume:
+        parser.error("argument --resume: the same command goes on by itself")
     if args.out is None:
         args.out = Path("out") / f"compare-{args.data}"
     return train.complete(parser, args)
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains every method with every seed, draws, and prints the table."""
     args = parse_arguments(argv)
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-    try:
+    with train.told("the same command goes on from the last checkpoint"):
         for seed in range(args.seed, args.seed + args.seeds):
             for method in METHODS:
                 options = {**vars(args), "method": method, "seed": seed}
@@ -127,20 +132,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options["out"].mkdir(exist_ok=True)
                 del options["seeds"], options["batches"]
                 runs[method].append(one_run(argparse.Namespace(**options), args.batches))
-    except (DataError, CheckpointError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
-    samples = runs["trt"][0]["samples"]
-    about = (
-        f"{args.data}, {samples} training samples, {args.network} network, T = {args.steps}, "
-        f"{args.epochs} epochs, {args.seeds} seeds"
-    )
-    (args.out / "comparison.json").write_text(json.dumps({"about": about, "runs": runs}) + "\n")
-    written = table(runs)
-    (args.out / "comparison.md").write_text(f"{about}: mean ± standard deviation\n\n{written}")
-    plots.comparison(runs, about, args.out / "comparison.png")
-    print(f"{about}: mean ± standard deviation, in {args.out}\n\n{written}")
+        samples = runs["trt"][0]["samples"]
+        about = (
+            f"{args.data}, {samples} training samples, {args.network} network, T = {args.steps}, "
+            f"{args.epochs} epochs, {args.seeds} seeds"
+        )
+        (args.out / "comparison.json").write_text(json.dumps({"about": about, "runs": runs}) + "\n")
+        written = table(runs)
+        (args.out / "comparison.md").write_text(f"{about}: mean ± standard deviation\n\n{written}")
+        plots.comparison(runs, about, args.out / "comparison.png")
+        print(f"{about}: mean ± standard deviation, in {args.out}\n\n{written}")
 
 
 if __name__ == "__main__":

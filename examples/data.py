@@ -9,14 +9,19 @@
     digits        images [1, 8, 8]               scikit-learn, which has them
     digit-events  frames [T, 2, 16, 16]          the digits, seen through saccades
 
-Nothing is downloaded. Preprocessing and augmentation are the official code's (arXiv 2506.19256),
-with two differences: of N-Caltech101's samples each draws its own augmentation (there all of a run
-share one), and what a sample draws depends on the seed, the epoch and the sample alone. So an epoch
-is the same whichever process, worker or resumed run makes it.
+Nothing is downloaded. Images are prepared and augmented as in the official code (arXiv 2506.19256).
+Of events there, frames of DVS-CIFAR10 pass through 8-bit pictures, N-Caltech101's are not shifted
+to the origin, and all samples of a run share one random affine map and cutout; here frames are
+resized as they are, and every sample draws its own.
+
+What a sample draws depends on the seed, the epoch and the sample alone. So an epoch is the same
+whichever process, worker or resumed run makes it.
 """
 
 import hashlib
 import importlib
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -28,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate
 
+from examples.checkpoint import write
 from examples.parallel import share
 from examples.saccades import saccades
 
@@ -132,22 +138,22 @@ def load_imagenet100(root: Path | None, steps: int) -> Data:
 
 
 def load_dvs_cifar10(root: Path | None, steps: int) -> Data:
-    """Nine tenths of each class are for training; a frame is scaled to a largest count of 1."""
+    """A pixel of a frame is 1 where it had any event."""
     read = needs("tonic.io").read_aedat4
     frames = needs("tonic.transforms").ToFrame((128, 128, 2), n_event_bins=steps)
 
     def load(path: str) -> Tensor:
         events = read(path)
         events.dtype.names = ["t", "x", "y", "p"]
-        counts = torch.from_numpy(frames(events)).float()
-        return resized(counts / counts.amax((1, 2, 3), keepdim=True).clamp(min=1))
+        return resized((torch.from_numpy(frames(events)) > 0).float())
 
     folder = there(root, "CIFAR10DVS/CLASS/*.aedat4", "CIFAR10DVS")
+    needs("aedat")  # tonic imports it when it reads
     return recordings(folder, load, ".aedat4", steps, lambda x: rolled(flipped(x), 5))
 
 
 def load_n_caltech101(root: Path | None, steps: int) -> Data:
-    """Nine tenths of each class are for training."""
+    """A pixel of a frame is the number of its events."""
     io = needs("tonic.io")
     transforms, events_of = needs("torchvision.transforms"), needs("tonic.datasets").NCALTECH101
     frames = needs("tonic.transforms").ToFrame((240, 180, 2), n_event_bins=steps)
@@ -168,20 +174,48 @@ def recordings(
 ) -> Data:
     """A folder for each class, with a recording of events in each file.
 
-    The first nine tenths of every class are for training. Frames are counted when they are first
-    needed, and kept beside the folder for the next epoch.
+    The first nine tenths of every class, by the numbers in their names, are for training. Frames
+    are counted when they are first needed, and kept beside the folder for the next epoch.
     """
-    datasets, cached = needs("torchvision.datasets"), needs("tonic").DiskCachedDataset
+    datasets = needs("torchvision.datasets")
     found = folders(datasets.DatasetFolder, folder, loader=load, extensions=(ending,))
-    kept = folder.parent / "frames" / f"{folder.name}-{steps}-{FRAME}"
-    everything = cached(found, str(kept), transform=torch.as_tensor)
-    count = {label: found.targets.count(label) for label in set(found.targets)}
+    everything = Kept(found, folder.parent / "frames" / f"{folder.name}-{steps}-{FRAME}")
+    # a10 comes after a9.
+    found.samples.sort(key=lambda s: (s[1], [int(n) for n in re.findall(r"\d+", s[0])], s[0]))
+    labels = [label for _, label in found.samples]
+    count = {label: labels.count(label) for label in set(labels)}
     train, test = [], []
-    for nth, turn in enumerate(in_turn(found.targets)):
+    for nth, turn in enumerate(in_turn(labels)):
         for index in turn:
-            (train if 10 * nth < 9 * count[found.targets[index]] else test).append(index)
+            (train if 10 * nth < 9 * count[labels[index]] else test).append(index)
+    if not test:
+        raise DataError(f"{folder}: needs ten recordings of some class, to test on one of them")
     parts = Subset(everything, train), Subset(everything, test)
     return Data(*parts, len(found.classes), 2, FRAME, True, augment)
+
+
+class Kept(Dataset[Any]):
+    """Recordings whose frames are counted once and then read from a folder, by the file's name."""
+
+    def __init__(self, found: Any, folder: Path) -> None:
+        self.found, self.folder = found, folder
+
+    def __len__(self) -> int:
+        return len(self.found.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        path, label = self.found.samples[index]
+        kept = self.folder / Path(path).relative_to(self.found.root).with_suffix(".pt")
+        try:
+            if kept.is_file():
+                return torch.load(kept, weights_only=True), label
+            frames = self.found.loader(path)
+        except Exception as error:  # what readers raise of damaged files is their own
+            what = kept if kept.is_file() else path
+            raise DataError(f"{what}: cannot be read ({error})") from error
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write(kept, frames, f".{os.getpid()}")
+        return frames, label
 
 
 def in_turn(labels: list[int]) -> Iterator[list[int]]:
@@ -269,7 +303,8 @@ class Augmented(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of("sample", self.seed, self.epoch, index))
+            # The CPU's generator alone, which is what is restored.
+            torch.default_generator.manual_seed(seed_of("sample", self.seed, self.epoch, index))
             x, label = self.data[index]
             return x if self.transform is None else self.transform(x), label
 

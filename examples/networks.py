@@ -113,8 +113,10 @@ class SpikingNet(nn.Module):
     ) -> None:
         super().__init__()
         self.steps = steps
-        self.neuron = {**tk.presets.official_trt(v_threshold=1.0, tau=tau), **lif_options}
-        self.neuron.update(surrogate=lif_options.get("surrogate", tk.Triangle(1.0)), time_dim=0)
+        published = tk.presets.official_trt(
+            v_threshold=1.0, tau=tau, surrogate_type="triangle", surrogate_param=1.0
+        )
+        self.neuron = {**published, **lif_options, "time_dim": 0}
         self.norm = {"process_group": process_group}
         self.layers = nn.Sequential()
         self.readout: nn.Module = nn.Identity()

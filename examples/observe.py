@@ -9,7 +9,6 @@ and landscape.png beside it.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import trt_kernels as tk
 from examples import checkpoint, data, plots, train
 from examples.checkpoint import CheckpointError
-from examples.data import DataError, seed_of
+from examples.data import seed_of
 
 Batch = tuple[Tensor, Tensor]  # input of the network, labels
 
@@ -126,41 +125,56 @@ def training_batches(args: argparse.Namespace, found: data.Data, count: int) -> 
     ]
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """The options, and those of the training whose checkpoint is observed."""
+def parse_arguments(
+    argv: Sequence[str] | None,
+) -> tuple[argparse.Namespace, argparse.Namespace, dict[str, Tensor]]:
+    """The options, those of the training whose checkpoint is observed, and its weights."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.observe", description=__doc__.partition("\n")[0]
     )
     add, number = parser.add_argument, train.number
     add("folder", type=Path, help="--out of a training run")
     add("--data-root", type=Path, help="folder that holds the data set")
-    add("--backend", default="auto", help="which kernels run")
+    add("--backend", choices=train.BACKENDS, default="auto", help="which kernels run")
     add("--workers", type=number(int, 0), help="processes that read data")
     add("--batches", type=number(int, 1), default=10, help="of the training set to observe")
     add("--directions", type=number(int, 1), default=5, help="lines through the weights")
     add("--points", type=number(int, 3), default=21, help="of each line")
     add("--radius", type=number(float, 1e-6), default=0.5, help="of the lines, in filter lengths")
     args = parser.parse_args(argv)
+    train.alone(parser)
     try:
-        settings = checkpoint.load(args.folder / "checkpoint.pt")["settings"]
+        found = checkpoint.load(args.folder / "checkpoint.pt")
     except CheckpointError as error:
         parser.error(f"argument folder: {error}")
     now = {"backend": args.backend, "data_root": args.data_root, "workers": args.workers}
     of_training = argparse.Namespace(
-        **{**settings, **now, "out": args.folder, "resume": True, "tensorboard": False}
+        **{**found["settings"], **now, "out": args.folder, "resume": True, "tensorboard": False}
     )
-    return args, train.complete(parser, of_training)
+    return args, train.complete(parser, of_training), found["model"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Observes, draws, and prints the centroid."""
-    args, of_training = parse_arguments(argv)
-    try:
+    args, of_training, weights = parse_arguments(argv)
+    with train.told("nothing was written"):
         found = train.load(of_training)
-    except DataError as error:
-        sys.exit(f"error: {error}")
-    model = train.make_network(of_training, found).to(of_training.device)
-    model.load_state_dict(checkpoint.load(args.folder / "checkpoint.pt")["model"])
+        model = train.make_network(of_training, found).to(of_training.device)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoint is of another network: {reason}") from error
+        observe(args, of_training, found, model)
+
+
+def observe(
+    args: argparse.Namespace,
+    of_training: argparse.Namespace,
+    found: data.Data,
+    model: nn.Module,
+) -> None:
+    """Everything that the paper observes, written to the folder and printed."""
     batches = training_batches(of_training, found, args.batches)
     with tk.use_backend(args.backend):
         information = fisher_information(model, tqdm(batches, "Fisher information", unit="batch"))

@@ -39,8 +39,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ from examples.settings import SETTINGS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 AfterEpoch = Callable[[SpikingNet, int], None]
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 # What may differ between a run and its continuation.
 FREE = ("backend", "data_root", "device", "out", "resume", "tensorboard", "workers")
 
@@ -146,8 +147,12 @@ def train(
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history: list[dict[str, float]] = []
     if start is not None:
-        for name, part in parts.items():
-            part.load_state_dict(start[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(start[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"the checkpoint is of another network: {reason}") from error
         history = start["history"]
 
     board = tensorboard(args, len(history))
@@ -221,13 +226,14 @@ def resumed(args: argparse.Namespace) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None.
 
     Raises:
-        CheckpointError: it is damaged or of other settings; or, without `--resume`, one of an
-            unfinished run would be overwritten.
+        CheckpointError: it is damaged or of other settings; or, without `--resume`, one that is
+            damaged or of an unfinished run would be overwritten.
     """
     path = args.out / "checkpoint.pt"
     if not args.resume:
         if path.is_file():
-            done, epochs = progress(path)
+            before = checkpoint.load(path)
+            done, epochs = len(before["history"]), before["settings"]["epochs"]
             if done < epochs:
                 raise CheckpointError(
                     f"{path}: of an unfinished run ({done} of {epochs} epochs); --resume it, "
@@ -241,15 +247,6 @@ def resumed(args: argparse.Namespace) -> dict[str, Any] | None:
             option = "--" + key.replace("_", "-")
             raise CheckpointError(f"{path}: of a run with {option} {before}, got {now.get(key)}")
     return found
-
-
-def progress(path: Path) -> tuple[int, int]:
-    """How many epochs of how many a checkpoint has; of what cannot be read, none of none."""
-    try:
-        found = checkpoint.load(path)
-        return len(found["history"]), found["settings"]["epochs"]
-    except CheckpointError:
-        return 0, 0
 
 
 def load(args: argparse.Namespace) -> data.Data:
@@ -315,12 +312,11 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a training run; those without a default here are the data set's."""
     add = parser.add_argument
-    backends = ("auto", "cpu", "cuda", "triton", "reference")
     add("--data", choices=SETTINGS, default="digits", help="data set")
     add("--data-root", type=Path, help="folder that holds it")
     add("--method", choices=("trt", "tet", "sdt"), default="trt", help="training objective")
     add("--network", choices=NETWORKS, help="default: the data set's, as the settings below")
-    add("--backend", choices=backends, default="auto", help="which kernels run")
+    add("--backend", choices=BACKENDS, default="auto", help="which kernels run")
     add("--epochs", type=number(int, 1), help="passes over the training samples")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, order, augmentation")
     add("--steps", type=number(int, 1), help="timesteps T")
@@ -389,24 +385,31 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return complete(parser, parser.parse_args(argv))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, draws, and prints the test accuracy."""
-    args = parse_arguments(argv)
+@contextmanager
+def told(interrupted: str) -> Iterator[None]:
+    """Ends the program with a line that says what cannot be used, or how to go on."""
     try:
-        found = load(args)
-        done = run(args, found)
+        yield
     except (DataError, CheckpointError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
-    if RANK > 0:
-        return
+        sys.exit(f"interrupted; {interrupted}")
+
+
+def alone(parser: argparse.ArgumentParser) -> None:
+    """For programs that processes cannot share."""
+    if PROCESSES > 1:
+        parser.error("runs in one process, not under torchrun")
+
+
+def report(args: argparse.Namespace, found: data.Data, done: Run) -> None:
+    """Draws, and writes and prints the result."""
     plots.curves(
         done.history, f"{args.data}, {args.method}, seed {args.seed}", args.out / "curves.png"
     )
+    shown = [found.test[index] for index in range(min(4, len(found.test)))]
+    x = as_input(torch.stack([x for x, _ in shown]), args.device)
     with tk.use_backend(args.backend):
-        shown = [found.test[index] for index in range(min(4, len(found.test)))]
-        x = as_input(torch.stack([x for x, _ in shown]), args.device)
         plots.spikes(done.model, x, [int(label) for _, label in shown], args.out / "spikes.png")
     if done.packing:
         print(f"over all batches, {done.packing}")
@@ -419,6 +422,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"test accuracy {last['test_accuracy']:.1f} % ({args.data}, {args.network}, {args.method}, "
         f"{args.epochs} epochs, seed {args.seed}, {done.seconds:.0f} s), in {args.out}"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, draws, and prints the test accuracy."""
+    args = parse_arguments(argv)
+    with told("after an epoch the same command with --resume goes on from its checkpoint"):
+        found = load(args)
+        done = run(args, found)
+        if RANK == 0:
+            report(args, found, done)
 
 
 if __name__ == "__main__":

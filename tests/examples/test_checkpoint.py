@@ -37,6 +37,20 @@ def test_every_damaged_byte_of_a_tensor_is_seen(path):
             checkpoint.load(path)
 
 
+def test_damage_anywhere_is_refused_or_harmless(path):
+    """Also in names and directories, which readers take apart in their own ways."""
+    whole = path.read_bytes()
+    for place in [*range(0, 300, 3), *range(len(whole) - 900, len(whole), 3)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 64
+        path.write_bytes(damaged)
+        try:
+            found = checkpoint.load(path)
+        except CheckpointError:
+            continue
+        assert torch.equal(found["model"]["w"], torch.arange(1000.0)) and found["epoch"] == 3
+
+
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.99])
 def test_a_part_of_a_file(path, part):
     whole = path.read_bytes()

@@ -35,7 +35,7 @@ def test_comparison(tmp_path, capsys, monkeypatch):
     assert {method: len(runs) for method, runs in found.items()} == {"sdt": 2, "tet": 2, "trt": 2}
     for method, runs in found.items():
         for seed, run in enumerate(runs):
-            history = json.loads((tmp_path / f"{method}-{seed}" / "fisher.json").read_text())
+            history = json.loads((tmp_path / f"{method}-{seed}" / "fisher-1.json").read_text())
             assert run["observed_epochs"] == [1, 2] == sorted(map(int, history))
             assert [len(row) for row in run["fisher"]] == [2, 2]
             assert run["centroid"] == run["centroids"][-1]
@@ -57,6 +57,20 @@ def test_table():
 def test_observed_epochs():
     assert compare.observed_epochs(40) == [1, 10, 20, 30, 40]
     assert compare.observed_epochs(1) == [1]
+
+
+@pytest.mark.parametrize("option", ["--method=trt", "--resume"])
+def test_options_of_a_single_run(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        compare.main([option, "--out", str(tmp_path)])
+    assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_under_torchrun(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    with pytest.raises(SystemExit):
+        compare.main(["--out", str(tmp_path)])
+    assert "runs in one process" in capsys.readouterr().err
 
 
 def test_bad_arguments(tmp_path, capsys):

@@ -215,7 +215,21 @@ def test_n_caltech101(tmp_path):
         on, off = x[0].flatten(1).sum(1), x[1].flatten(1).sum(1)
         assert on[1] > 0 and off[0] > 0 and on[0] == off[1] == 0  # [T, polarity]
         assert x[0, 1].nonzero().max() <= 1 and x[1, 0].nonzero().min() >= 46
-    assert len(list((tmp_path / "frames" / "Caltech101-2-48").iterdir())) == 1
+    kept = tmp_path / "frames" / "Caltech101-2-48" / "bass"
+    assert [path.name for path in kept.iterdir()] == ["08.pt"]
+    # Another class before the others changes no sample's frames; a damaged file is named.
+    (tmp_path / "Caltech101" / "aardvark").mkdir()
+    for index in range(10):
+        (tmp_path / "Caltech101" / "aardvark" / f"{index:02}.bin").write_bytes(b"")
+    again = data.load("n-caltech101", tmp_path, 2)
+    assert again.classes == 3
+    index = again.train.indices.index(28)
+    assert torch.equal(again.train[index][0], x) and again.train[index][1] == 2
+    with pytest.raises(DataError, match=r"aardvark/00.bin: cannot be read"):
+        again.train[0]
+    (kept / "08.pt").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"08.pt: cannot be read"):
+        again.train[index]
     x, _ = Augmented(found.train, found.augment, 0)[0]
     assert x.shape == (2, 2, 48, 48)
 
@@ -223,18 +237,27 @@ def test_n_caltech101(tmp_path):
 def test_dvs_cifar10(tmp_path, monkeypatch):
     torchvision()
     tonic = pytest.importorskip("tonic")
+    monkeypatch.setitem(sys.modules, "aedat", type(sys)("aedat"))
     for name in ("airplane", "truck"):
         (tmp_path / "CIFAR10DVS" / name).mkdir(parents=True)
-        for index in range(3):
-            (tmp_path / "CIFAR10DVS" / name / f"{index}.aedat4").touch()
+        for index in range(11):
+            (tmp_path / "CIFAR10DVS" / name / f"{name}_{index}.aedat4").touch()
     dtype = [("t", "u8"), ("x", "u2"), ("y", "u2"), ("on", "?")]
+    # Two events in each frame, of both signs.
     events = np.array([(i, 100, 3, i % 2) for i in range(8)], dtype=dtype)
     monkeypatch.setattr(tonic.io, "read_aedat4", lambda path: events.copy())
     found = data.load("dvs-cifar10", tmp_path, 4)
-    assert (found.classes, len(found.train), len(found.test)) == (2, 6, 0)
+    assert (found.classes, len(found.train), len(found.test)) == (2, 20, 2)
+    # By their numbers: a name of ten comes after that of nine.
+    assert [found.test.dataset.found.samples[i][0][-9:] for i in found.test.indices] == [
+        "10.aedat4",
+        "10.aedat4",
+    ]
     x, label = found.train[5]
     assert x.shape == (4, 2, 48, 48) and label == 1
-    assert 0 < x.max() <= 1 and (x.flatten(2).sum(-1) > 0).all()
+    # A pixel of 1 among others of 0, made smaller.
+    assert (x.flatten(2).sum(-1) > 0).all()
+    assert x.sum((2, 3)) == pytest.approx(torch.full((4, 2), (48 / 128) ** 2), rel=0.3)
     assert abs(x[0, 1].argmax() % 48 - 100 * 48 / 128) <= 1  # x is the column
     assert abs(x[0, 1].argmax() // 48 - 3 * 48 / 128) <= 1
 

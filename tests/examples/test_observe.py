@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("sklearn")
 
-from examples import observe, train
+from examples import checkpoint, observe, train
 from examples.networks import SmallNet
 
 TINY = ["--backend=cpu", "--epochs=1", "--steps=3", "--limit=64", "--batch-size=32"]
@@ -110,6 +110,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert 1 <= found["fisher_centroid"] <= 3
     assert said[1].startswith(f"its centroid: {found['fisher_centroid']:.2f} of 3 timesteps")
     assert all(math.isfinite(loss) for line in found["landscape"]["losses"] for loss in line)
+    with pytest.raises(SystemExit):
+        observe.main([str(tmp_path), "--backend=gpu"])
+    assert "argument --backend" in capsys.readouterr().err
+    content = checkpoint.load(tmp_path / "checkpoint.pt")
+    del content["model"]["readout.weight"]
+    checkpoint.save(tmp_path / "checkpoint.pt", content)
+    with pytest.raises(SystemExit, match=r"error: the checkpoint is of another network: .*readout"):
+        observe.main([str(tmp_path), *options])
     for name in ("fisher.png", "landscape.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n")
 

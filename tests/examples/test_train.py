@@ -127,7 +127,9 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(run, tmp_path, monkeypat
         return evaluate(*arguments)
 
     monkeypatch.setattr(train, "evaluate", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; the same command with --resume"):
+    with pytest.raises(
+        SystemExit, match="interrupted; after an epoch the same command with --resume"
+    ):
         run(*options, out=parted)
     assert len(checkpoint.load(parted / "checkpoint.pt")["history"]) == 2
     with pytest.raises(SystemExit, match=r"unfinished run \(2 of 4 epochs\); --resume it"):
@@ -175,6 +177,8 @@ def test_resume_refuses_what_it_cannot_continue(run, tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(SystemExit, match="damaged, or no checkpoint"):
         run(*TINY, "--resume", out=tmp_path)
+    with pytest.raises(SystemExit, match="damaged, or no checkpoint"):  # nor is it overwritten
+        run(*TINY, out=tmp_path)
     assert path.read_bytes() == damaged
 
 
