@@ -1,5 +1,6 @@
 """What is timed: a call with its tensors, and the result that it is held to."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,17 +62,17 @@ class Step:
     def kept(self) -> int:
         """Bytes of the distinct storages that the forward pass keeps for the backward pass.
 
+        What autograd saved for a result that nobody used, as a loop's last potential, is freed
+        within the forward pass and is not counted.
+
         Where the function keeps something else in the place of a tensor, as `pack_saved_spikes`
         does, that is counted: the tensors of what its hook returns.
         """
-        storages: dict[int, Any] = {}
+        saved: list[weakref.ref[Tensor]] = []
 
         def counted(kept: Any) -> Any:
-            for part in kept if isinstance(kept, tuple) else (kept,):
-                if isinstance(part, Tensor):
-                    storage = part.untyped_storage()
-                    # Held, so that no address is given out twice.
-                    storages[storage.data_ptr()] = storage
+            parts = kept if isinstance(kept, tuple) else (kept,)
+            saved.extend(weakref.ref(part) for part in parts if isinstance(part, Tensor))
             return kept
 
         class Counting(saved_tensors_hooks):
@@ -82,10 +83,12 @@ class Step:
 
         with (
             mock.patch.object(torch.autograd.graph, "saved_tensors_hooks", Counting),
-            Counting(lambda tensor: tensor, lambda tensor: tensor),
+            # Detached: a result that its own node kept would never be freed.
+            Counting(torch.Tensor.detach, lambda tensor: tensor),
         ):
             outputs = self.function(*self.inputs)
-        total = sum(storage.nbytes() for storage in storages.values())
+        alive = [tensor.untyped_storage() for ref in saved if (tensor := ref()) is not None]
+        total = sum({storage.data_ptr(): storage.nbytes() for storage in alive}.values())
         del outputs
         return total
 

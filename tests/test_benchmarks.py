@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 import trt_kernels as tk
 from benchmarks import baselines, gpu, peers, report, sanitized
@@ -300,6 +301,21 @@ def test_counts_kept_bytes():
         return tk.trt_penalty(params, steps=2, weight=1.0, delta=0.5)
 
     assert Step(penalty, params, [torch.ones(())]).kept() == sum(w.nbytes for w in params)
+
+
+def test_what_autograd_dropped_is_not_kept():
+    """As the last potential of a loop over time; and a storage counts once."""
+    results = []
+
+    def forward(x):
+        x.exp()  # keeps its result, as long as there is one
+        y = x.exp()
+        results.append(TensorWeakRef(y))
+        return y + x[:4].cos().sum()
+
+    x = torch.rand(8, requires_grad=True)
+    assert Step(forward, [x], [torch.ones(8)]).kept() == 2 * x.nbytes
+    assert results[0]() is None  # counting leaves nothing behind
 
 
 def test_counts_what_is_kept_instead_of_a_tensor():
