@@ -96,13 +96,7 @@ def plot_step(records: list[Record], caption: str, path: Path) -> None:
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(text, (result["median"], position), fontsize=8.5, **place)
         axes.set_xlim(0, 1.18 * max(result["median"] for result in variants.values()))
-        axes.invert_yaxis()
-        axes.set_title(record.case, fontsize=10, loc="left")
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", linewidth=0.4, alpha=0.6)
-        axes.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
+        listed(axes, record.case)
     grid.flat[-1].set_xlabel("seconds a step")
     figure.suptitle(
         "a training step: forward, loss, backward, optimizer",
@@ -127,6 +121,17 @@ def plot_step(records: list[Record], caption: str, path: Path) -> None:
     plt.close(figure)
 
 
+def listed(axes: Axes, title: str) -> None:
+    """The look of horizontal bars, the first on top."""
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", which="major", linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
 def plot_memory(records: list[Record], caption: str, path: Path) -> None:
     """What each variant keeps for the backward pass, one panel a case."""
     bars = max(len(record.info["variants"]) for record in records)
@@ -138,13 +143,7 @@ def plot_memory(records: list[Record], caption: str, path: Path) -> None:
         colours = [colour_of(name, ours) for name in kept]
         drawn = axes.barh(list(kept), list(kept.values()), color=colours, height=0.72)
         axes.bar_label(drawn, [f"{number:.3g}" for number in kept.values()], padding=4, fontsize=9)
-        axes.invert_yaxis()
-        axes.set_title(record.case, fontsize=10, loc="left")
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", linewidth=0.4, alpha=0.6)
-        axes.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
+        listed(axes, record.case)
     grid.flat[-1].set_xlabel("bytes kept for the backward pass, per neuron-step")
     figure.suptitle(
         "pack_saved_spikes: what a network keeps", fontsize=13, fontweight="bold", x=0.02, ha="left"
@@ -246,11 +245,5 @@ def panel(axes: Axes, record: Record) -> None:
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}×"))
-    axes.invert_yaxis()
     axes.axvline(1, color=OURS, linewidth=0.9, linestyle=":", zorder=0)
-    axes.set_title(record.case, fontsize=10, loc="left")
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", which="major", linewidth=0.4, alpha=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    listed(axes, record.case)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FORMAT = "trt_kernels training 1"
+FORMAT = "trt_kernels training 2"
 
 
 class CheckpointError(Exception):

@@ -22,7 +22,6 @@ import torch
 
 import trt_kernels as tk
 from examples import observe, plots, train
-from examples.data import Training
 from examples.networks import SpikingNet
 
 METHODS = tuple(plots.METHODS)
@@ -40,33 +39,22 @@ def observed_epochs(epochs: int) -> list[int]:
     return sorted({1, *(max(1, round(epochs * part)) for part in (0.25, 0.5, 0.75, 1))})
 
 
-def one_run(args: argparse.Namespace, batches: int) -> dict[str, Any]:
+def one_run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains a network, if it is not trained yet, and says what was found."""
-    fisher_file = args.out / f"fisher-{batches}.json"  # of so many batches
-    fisher: dict[str, list[float]] = {}
-    if (args.out / "checkpoint.pt").is_file() and fisher_file.is_file():
-        args.resume = True
-        fisher = json.loads(fisher_file.read_text())
-
     epochs = observed_epochs(args.epochs)
-    seen: list[observe.Batch] = []
-
-    def after_epoch(model: SpikingNet, epoch: int) -> None:
-        if epoch in epochs:
-            fisher[str(epoch)] = observe.fisher_information(model, seen).tolist()
-            part = fisher_file.with_suffix(".part")
-            part.write_text(json.dumps(fisher))
-            part.replace(fisher_file)
-
     found = train.load(args)
-    seen += observe.training_batches(args, found, batches)
-    done = train.run(args, found, after_epoch)
+    seen = observe.training_batches(args, found, args.batches)
+
+    def fisher(model: SpikingNet, epoch: int) -> list[float] | None:
+        return observe.fisher_information(model, seen).tolist() if epoch in epochs else None
+
+    done = train.run(args, found, fisher)
     with tk.use_backend(args.backend):
-        training = Training(found, args.batch_size, args.seed, args.limit, args.workers)
+        training = train.training_data(args, found)
         loss, accuracy = train.evaluate(done.model, training.epoch(0), args.device)
         distances, losses = observe.landscape(done.model, seen[:2], directions=3, points=13)
     last = done.history[-1]
-    rows = [fisher[str(epoch)] for epoch in epochs]
+    rows = [done.observed[epoch] for epoch in epochs]
     centroids = [observe.centroid(torch.tensor(row, dtype=torch.float64)) for row in rows]
     quarter = (distances.abs() - 0.25).abs() < 1e-6
     return {
@@ -130,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options = {**vars(args), "method": method, "seed": seed}
                 options["out"] = args.out / f"{method}-{seed}"
                 options["out"].mkdir(exist_ok=True)
-                del options["seeds"], options["batches"]
-                runs[method].append(one_run(argparse.Namespace(**options), args.batches))
+                options["resume"] = (options["out"] / "checkpoint.pt").is_file()
+                del options["seeds"]
+                runs[method].append(one_run(argparse.Namespace(**options)))
         samples = runs["trt"][0]["samples"]
         about = (
             f"{args.data}, {samples} training samples, {args.network} network, T = {args.steps}, "

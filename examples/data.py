@@ -165,8 +165,12 @@ def load_n_caltech101(root: Path | None, steps: int) -> Data:
         return resized(torch.from_numpy(frames(events)).float())
 
     moved = transforms.RandomAffine(30, translate=(5 / FRAME, 5 / FRAME), shear=(-17, 17, -17, 17))
+
+    def augment(x: Tensor) -> Tensor:
+        return cutout(moved(flipped(x)), int(torch.randint(1, 31, ())))
+
     folder = there(root, "Caltech101/CLASS/*.bin", "Caltech101")
-    return recordings(folder, load, ".bin", steps, lambda x: cutout(moved(flipped(x))))
+    return recordings(folder, load, ".bin", steps, augment)
 
 
 def recordings(
@@ -195,7 +199,10 @@ def recordings(
 
 
 class Kept(Dataset[Any]):
-    """Recordings whose frames are counted once and then read from a folder, by the file's name."""
+    """Recordings whose frames are counted once and then read from a folder.
+
+    There they go by the recording's name, size and time of change.
+    """
 
     def __init__(self, found: Any, folder: Path) -> None:
         self.found, self.folder = found, folder
@@ -205,7 +212,9 @@ class Kept(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         path, label = self.found.samples[index]
-        kept = self.folder / Path(path).relative_to(self.found.root).with_suffix(".pt")
+        of, about = Path(path), os.stat(path)
+        kept = self.folder / of.parent.relative_to(self.found.root)
+        kept /= f"{of.stem}-{about.st_size}-{about.st_mtime_ns}.pt"
         try:
             if kept.is_file():
                 return torch.load(kept, weights_only=True), label

@@ -72,10 +72,10 @@ def direction(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]
         if w.ndim > 1:
             random = torch.randn(w.shape, generator=generator).to(w)
             dims = tuple(range(1, w.ndim))
-            length, own = (
+            wanted, length = (
                 torch.linalg.vector_norm(v, dim=dims, keepdim=True) for v in (w.detach(), random)
             )
-            made[name] = random * (length / own.clamp(min=1e-12))
+            made[name] = random * (wanted / length.clamp(min=1e-12))
     return made
 
 
@@ -118,10 +118,9 @@ def landscape(
 
 def training_batches(args: argparse.Namespace, found: data.Data, count: int) -> list[Batch]:
     """The first batches of the training samples, augmented as in training, always the same ones."""
-    training = data.Training(found, args.batch_size, args.seed, args.limit, args.workers)
     return [
         (train.as_input(x, args.device), labels.to(args.device))
-        for x, labels in islice(training.epoch(0), count)
+        for x, labels in islice(train.training_data(args, found).epoch(0), count)
     ]
 
 
@@ -160,11 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with train.told("nothing was written"):
         found = train.load(of_training)
         model = train.make_network(of_training, found).to(of_training.device)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint is of another network: {reason}") from error
+        train.restore(model, weights)
         observe(args, of_training, found, model)
 
 

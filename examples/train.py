@@ -33,6 +33,7 @@ Writes to `--out`: checkpoint.pt, history.csv, result.json, curves.png and spike
 import argparse
 import csv
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -59,7 +60,7 @@ from examples.parallel import PROCESSES, RANK, process_group, summed
 from examples.settings import SETTINGS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-AfterEpoch = Callable[[SpikingNet, int], None]
+Observe = Callable[[SpikingNet, int], Any]
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 # What may differ between a run and its continuation.
 FREE = ("backend", "data_root", "device", "out", "resume", "tensorboard", "workers")
@@ -67,10 +68,11 @@ FREE = ("backend", "data_root", "device", "out", "resume", "tensorboard", "worke
 
 @dataclasses.dataclass
 class Run:
-    """What training leaves: the network, and a record of every epoch."""
+    """What training leaves: the network, a record of every epoch, what was observed after it."""
 
     model: SpikingNet
     history: list[dict[str, float]]
+    observed: dict[int, Any]
     packing: Any
     seconds: float
 
@@ -132,10 +134,16 @@ def train(
     model: SpikingNet,
     found: data.Data,
     start: dict[str, Any] | None,
-    after_epoch: AfterEpoch | None,
-) -> list[dict[str, float]]:
-    """Adam with a cosine schedule, from a checkpoint if one is given; a record of every epoch."""
-    training = data.Training(found, args.batch_size, args.seed, args.limit, args.workers)
+    observe: Observe | None,
+) -> tuple[list[dict[str, float]], dict[int, Any], float]:
+    """Adam with a cosine schedule, from a checkpoint if one is given.
+
+    Returns:
+        A record of every epoch, what was observed after epochs, and seconds since the first start.
+    """
+    began = time.perf_counter()
+    training = training_data(args, found)
+    check_shares(args, model, training.batches.count)
     test = data.testing(found.test, args.batch_size, args.workers)
     loss_of = make_loss(args, model)
     network = DistributedDataParallel(model) if PROCESSES > 1 else model
@@ -146,19 +154,17 @@ def train(
     scaler = torch.amp.GradScaler(args.device, enabled=half is torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history: list[dict[str, float]] = []
+    observed: dict[int, Any] = {}
     if start is not None:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(start[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"the checkpoint is of another network: {reason}") from error
-        history = start["history"]
+        for name, part in parts.items():
+            restore(part, start[name])
+        history, observed = start["history"], start["observed"]
+        began -= start["seconds"]
 
     board = tensorboard(args, len(history))
     count, batches = training.batches.count, len(training.batches)
     bar = tqdm(
-        desc=f"{args.data}, {args.method}",
+        desc=f"{args.data}, {args.method}, {args.device}",
         total=args.epochs * batches,
         initial=len(history) * batches,
         unit="batch",
@@ -198,15 +204,20 @@ def train(
             "test_accuracy": test_accuracy,
         }
         history.append(record)
-        if after_epoch is not None:  # before the checkpoint, which says that it is done
-            after_epoch(model, epoch)
+        if observe is not None:
+            seen_after = observe(model, epoch)
+            if seen_after is not None:
+                observed[epoch] = seen_after
         bar.set_postfix_str(f"loss {record['loss']:.3f}, test {test_accuracy:.1f} %")
         if RANK == 0:
             states = {name: part.state_dict() for name, part in parts.items()}
-            settings = settings_of(args)
-            checkpoint.save(
-                args.out / "checkpoint.pt", {"settings": settings, "history": history, **states}
-            )
+            beside = {
+                "settings": settings_of(args),
+                "history": history,
+                "observed": observed,
+                "seconds": time.perf_counter() - began,
+            }
+            checkpoint.save(args.out / "checkpoint.pt", {**beside, **states})
             write_history(args.out / "history.csv", history)
         for name, value in record.items():
             if board is not None and name != "epoch":
@@ -214,7 +225,41 @@ def train(
     bar.close()
     if board is not None:
         board.close()
-    return history
+    if RANK == 0:  # again: an interruption may have come before the last one
+        write_history(args.out / "history.csv", history)
+    return history, observed, time.perf_counter() - began
+
+
+def training_data(args: argparse.Namespace, found: data.Data) -> data.Training:
+    """The batches of every epoch."""
+    return data.Training(found, args.batch_size, args.seed, args.limit, args.workers)
+
+
+def restore(part: Any, state: dict[str, Any]) -> None:
+    """Gives a network, an optimizer or the like the state that a checkpoint holds.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    try:
+        part.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the checkpoint is of another network: {reason}") from error
+
+
+def check_shares(args: argparse.Namespace, model: nn.Module, count: int) -> None:
+    """SyncBatchNorm gathers numbers of another dtype from a process without samples.
+
+    Raises:
+        DataError: the last batch has fewer samples than there are processes.
+    """
+    last = count % args.batch_size or min(args.batch_size, count)
+    if last < PROCESSES and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise DataError(
+            f"--batch-size: the last batch has {last} samples for {PROCESSES} processes, and "
+            f"{args.network} needs one for each; choose another --batch-size or --limit"
+        )
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -254,8 +299,9 @@ def load(args: argparse.Namespace) -> data.Data:
     return data.load(args.data, args.data_root, args.steps)
 
 
-def run(args: argparse.Namespace, found: data.Data, after_epoch: AfterEpoch | None = None) -> Run:
-    """Trains; `after_epoch` is called with the network and the number of the epoch.
+def run(args: argparse.Namespace, found: data.Data, observe: Observe | None = None) -> Run:
+    """Trains. `observe` is called with the network and the number of every epoch; what it returns
+    is kept in the checkpoint.
 
     Raises:
         CheckpointError: `--resume`, or its absence, does not fit what is in `--out`.
@@ -269,10 +315,9 @@ def run(args: argparse.Namespace, found: data.Data, after_epoch: AfterEpoch | No
         model = make_network(args, found, group).to(args.device)
         if group is not None and args.device == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
-        begin = time.perf_counter()
         with tk.pack_saved_spikes() if args.packed else nullcontext() as packing:
-            history = train(args, model, found, start, after_epoch)
-        return Run(model, history, packing, time.perf_counter() - begin)
+            history, observed, seconds = train(args, model, found, start, observe)
+        return Run(model, history, observed, packing, seconds)
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:
@@ -346,15 +391,21 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
         args.workers = 0 if args.data.startswith("digit") else min(8, os.cpu_count() or 1)
 
     unavailable = tk.report().unavailable
+    on_gpu = torch.cuda.is_available()
     name = args.backend
-    if name == "auto":
-        name = "cpu" if any(unavailable["cuda"].values()) else "cuda"
+    if name == "auto":  # what the package itself would take
+        kernels = [gpu for gpu in ("cuda", "triton") if not any(unavailable[gpu].values())]
+        name = kernels[0] if on_gpu and kernels else "cpu"
     if reasons := list(filter(None, unavailable[name].values())):
         parser.error(f"argument --backend: {name} cannot run here: {reasons[0]}")
-    args.device = "cuda" if name in ("cuda", "triton") else "cpu"
+    # Where there is no GPU, Triton's interpreter serves the CPU.
+    args.device = "cuda" if on_gpu and name in ("cuda", "triton") else "cpu"
     if args.amp is None:
         args.amp = "float16" if args.device == "cuda" else "none"
     if PROCESSES > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", PROCESSES))
+        if args.device == "cuda" and local > torch.cuda.device_count():
+            parser.error(f"{local} processes for {torch.cuda.device_count()} GPUs of this machine")
         if name == "reference":
             parser.error("argument --backend: reference shares no statistics between processes")
         if args.device == "cpu" and "resnet" in args.network:
@@ -364,7 +415,7 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpa
             )
     if args.tensorboard:
         try:
-            import torch.utils.tensorboard  # noqa: F401
+            importlib.import_module("torch.utils.tensorboard")
         except ImportError:
             parser.error("argument --tensorboard: needs the package tensorboard")
     if RANK == 0:  # the process that writes
@@ -391,7 +442,10 @@ def told(interrupted: str) -> Iterator[None]:
     try:
         yield
     except (DataError, CheckpointError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+        text = str(error)
+        if "Original Traceback" in text:  # of a process that reads data: its last line is the error
+            text = text.rstrip().splitlines()[-1].partition("Error: ")[2]
+        sys.exit(f"error: {text}")
     except KeyboardInterrupt:
         sys.exit(f"interrupted; {interrupted}")
 

@@ -17,9 +17,9 @@ def keep_weights(folder, setattr=setattr):
 
     def saving(args, model, *others):
         torch.save(model.state_dict(), folder / f"start{parallel.RANK}.pt")
-        history = run_epochs(args, model, *others)
+        found = run_epochs(args, model, *others)
         torch.save(model.state_dict(), folder / f"end{parallel.RANK}.pt")
-        return history
+        return found
 
     setattr(train, "train", saving)
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from examples import compare, train
+from examples import checkpoint, compare, train
 
 OPTIONS = ["--backend=cpu", "--data=digits", "--epochs=2", "--steps=2", "--limit=64", "--seeds=2"]
 
@@ -14,18 +14,19 @@ OPTIONS = ["--backend=cpu", "--data=digits", "--epochs=2", "--steps=2", "--limit
 @pytest.mark.slow
 def test_comparison(tmp_path, capsys, monkeypatch):
     options = [*OPTIONS, "--batches=1", "--out", str(tmp_path)]
-    training, trained = train.train, []
+    evaluate, calls = train.evaluate, []
 
-    def counting(*arguments):
-        trained.append(arguments[0].out.name)
-        if len(trained) == 5:
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == 11:  # two epochs and a look at the training set a run: the fourth's second
             raise KeyboardInterrupt
-        return training(*arguments)
+        return evaluate(*arguments)
 
-    monkeypatch.setattr(train, "train", counting)
+    monkeypatch.setattr(train, "evaluate", interrupted)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
         compare.main(options)
-    monkeypatch.setattr(train, "train", training)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert len(checkpoint.load(tmp_path / "sdt-1" / "checkpoint.pt")["history"]) == 1
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0/checkpoint.pt")}
     assert len(finished) == 3
     compare.main(options)
@@ -35,8 +36,9 @@ def test_comparison(tmp_path, capsys, monkeypatch):
     assert {method: len(runs) for method, runs in found.items()} == {"sdt": 2, "tet": 2, "trt": 2}
     for method, runs in found.items():
         for seed, run in enumerate(runs):
-            history = json.loads((tmp_path / f"{method}-{seed}" / "fisher-1.json").read_text())
-            assert run["observed_epochs"] == [1, 2] == sorted(map(int, history))
+            kept = checkpoint.load(tmp_path / f"{method}-{seed}" / "checkpoint.pt")["observed"]
+            assert run["observed_epochs"] == [1, 2] == sorted(kept)
+            assert run["fisher"] == list(kept.values())
             assert [len(row) for row in run["fisher"]] == [2, 2]
             assert run["centroid"] == run["centroids"][-1]
             assert len(run["losses"]) == 3 and len(run["losses"][0]) == len(run["distances"])
@@ -44,6 +46,14 @@ def test_comparison(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert said.count("±") >= 15
     assert (tmp_path / "comparison.md").read_text().splitlines()[2] == "| | SDT | TET | TRT |"
+
+
+@pytest.mark.parametrize("other", ["--batches=2", "--lr=0.01"])
+def test_runs_of_other_settings_are_not_taken_for_these(tmp_path, other):
+    options = [*OPTIONS, "--epochs=1", "--seeds=1", "--batches=1", "--out", str(tmp_path)]
+    compare.main(options)
+    with pytest.raises(SystemExit, match=rf"of a run with {other.partition('=')[0]} "):
+        compare.main([*options, other])
 
 
 def test_table():

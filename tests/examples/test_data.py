@@ -216,7 +216,10 @@ def test_n_caltech101(tmp_path):
         assert on[1] > 0 and off[0] > 0 and on[0] == off[1] == 0  # [T, polarity]
         assert x[0, 1].nonzero().max() <= 1 and x[1, 0].nonzero().min() >= 46
     kept = tmp_path / "frames" / "Caltech101-2-48" / "bass"
-    assert [path.name for path in kept.iterdir()] == ["08.pt"]
+    (file,) = kept.iterdir()
+    assert file.name.startswith("08-")
+    moved = [Augmented(found.train, found.augment, seed)[17][0] for seed in range(8)]
+    assert sum(not torch.equal(m, x) for m in moved) >= 6
     # Another class before the others changes no sample's frames; a damaged file is named.
     (tmp_path / "Caltech101" / "aardvark").mkdir()
     for index in range(10):
@@ -227,9 +230,12 @@ def test_n_caltech101(tmp_path):
     assert torch.equal(again.train[index][0], x) and again.train[index][1] == 2
     with pytest.raises(DataError, match=r"aardvark/00.bin: cannot be read"):
         again.train[0]
-    (kept / "08.pt").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"08.pt: cannot be read"):
+    file.write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"08-.*.pt: cannot be read"):
         again.train[index]
+    # A recording that changed is counted anew.
+    (tmp_path / "Caltech101" / "bass" / "08.bin").write_bytes(bin_of(events[:2] * 2))
+    assert not torch.equal(again.train[index][0], x)
     x, _ = Augmented(found.train, found.augment, 0)[0]
     assert x.shape == (2, 2, 48, 48)
 
@@ -243,8 +249,8 @@ def test_dvs_cifar10(tmp_path, monkeypatch):
         for index in range(11):
             (tmp_path / "CIFAR10DVS" / name / f"{name}_{index}.aedat4").touch()
     dtype = [("t", "u8"), ("x", "u2"), ("y", "u2"), ("on", "?")]
-    # Two events in each frame, of both signs.
-    events = np.array([(i, 100, 3, i % 2) for i in range(8)], dtype=dtype)
+    # Of the first sign two in each frame.
+    events = np.array([(i, 100, 3, i % 3 == 2) for i in range(12)], dtype=dtype)
     monkeypatch.setattr(tonic.io, "read_aedat4", lambda path: events.copy())
     found = data.load("dvs-cifar10", tmp_path, 4)
     assert (found.classes, len(found.train), len(found.test)) == (2, 20, 2)
@@ -258,6 +264,8 @@ def test_dvs_cifar10(tmp_path, monkeypatch):
     # A pixel of 1 among others of 0, made smaller.
     assert (x.flatten(2).sum(-1) > 0).all()
     assert x.sum((2, 3)) == pytest.approx(torch.full((4, 2), (48 / 128) ** 2), rel=0.3)
+    moved = [Augmented(found.train, found.augment, seed)[5][0] for seed in range(8)]
+    assert sum(not torch.equal(m, x) for m in moved) >= 6
     assert abs(x[0, 1].argmax() % 48 - 100 * 48 / 128) <= 1  # x is the column
     assert abs(x[0, 1].argmax() // 48 - 3 * 48 / 128) <= 1
 

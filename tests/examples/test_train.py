@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import trt_kernels as tk
-from examples import checkpoint, plots, train
+from examples import checkpoint, data, plots, train
 from tests.examples.distributed_training import keep_weights
 
 pytest.importorskip("sklearn")
@@ -67,9 +67,9 @@ def test_methods(run, method, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "history.csv").open()))
     assert [{key: float(value) for key, value in row.items()} for row in rows] == history
     for name in ("curves.png", "spikes.png"):
-        data = (tmp_path / name).read_bytes()
-        assert data.startswith(b"\x89PNG\r\n")
-        assert len(data) > 10_000
+        picture = (tmp_path / name).read_bytes()
+        assert picture.startswith(b"\x89PNG\r\n")
+        assert len(picture) > 10_000
 
     last = capsys.readouterr().out.splitlines()[-1]
     accuracy = f"{result['test_accuracy']:.1f}"
@@ -93,10 +93,24 @@ def test_published_settings():
         "dvs-cifar10": ("vggsnn", 10, 5e-5, 0.5, 0.001, 2.0),
         "n-caltech101": ("vggsnn", 10, 5e-5, 0.5, 0.05, 2.0),
     }
-    for data, wanted in published.items():
-        s = train.SETTINGS[data]
+    for name, wanted in published.items():
+        s = train.SETTINGS[name]
         assert (s.network, s.steps, s.weight, s.delta, s.mse_ratio, s.tau) == wanted
         assert (s.epochs, s.batch_size, s.lr) == (300, 64, 1e-3)
+
+
+def test_the_documented_settings_are_these():
+    rows = {}
+    for line in (ROOT / "docs" / "paper.md").read_text().splitlines():
+        cells = [cell.strip(" `") for cell in line.split("|")[1:-1]]
+        if cells and cells[0] in train.SETTINGS:
+            rows[cells[0]] = cells
+    assert rows.keys() == train.SETTINGS.keys()
+    for name, s in train.SETTINGS.items():
+        _, network, weight, delta, mse_ratio, tau, *_ = rows[name]
+        assert int(network.split(", ")[1]) == s.steps
+        numbers = (float(weight), float(delta), float(mse_ratio), float(tau))
+        assert numbers == (s.weight, s.delta, s.mse_ratio, s.tau), name
 
 
 def test_settings_of_the_command_line(tmp_path):
@@ -131,15 +145,126 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(run, tmp_path, monkeypat
         SystemExit, match="interrupted; after an epoch the same command with --resume"
     ):
         run(*options, out=parted)
-    assert len(checkpoint.load(parted / "checkpoint.pt")["history"]) == 2
+    before = checkpoint.load(parted / "checkpoint.pt")
+    assert len(before["history"]) == 2
+    # Half of a cosine: both the schedule and the scaler are in what is continued.
+    assert before["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3)
+    assert before["scaler"]["scale"] == 2.0**16
     with pytest.raises(SystemExit, match=r"unfinished run \(2 of 4 epochs\); --resume it"):
         run(*options, out=parted)
     result = run(*options, "--resume", out=parted)
     assert result["history"] == expected["history"]
     assert_same_weights(whole, parted)
-    # What is finished has nothing left to do, and may be run anew.
+    assert result["seconds"] > before["seconds"] > 0
+    assert checkpoint.load(parted / "checkpoint.pt")["optimizer"]["param_groups"][0]["lr"] == 0
+    # What is finished has nothing left to do but what was lost, and may be run anew.
+    (parted / "history.csv").unlink()
     assert run(*options, "--resume", out=parted)["history"] == expected["history"]
+    assert (parted / "history.csv").read_text() == (whole / "history.csv").read_text()
     assert run(*options, out=parted)["history"] == expected["history"]
+
+
+def test_resume_restores_the_scaler(run, tmp_path):
+    options = [*TINY, "--epochs", "2", "--amp", "float16"]
+    run(*options, out=tmp_path)
+    content = checkpoint.load(tmp_path / "checkpoint.pt")
+    content["history"].pop()
+    content["scaler"]["scale"] = 2.0**10
+    checkpoint.save(tmp_path / "checkpoint.pt", content)
+    run(*options, "--resume", out=tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["scaler"]["scale"] == 2.0**10
+
+
+def test_evaluation_uses_the_running_statistics():
+    network = train.SpikingNet(steps=2)
+    network.add_conv(1, 3)
+    network.readout = torch.nn.Linear(3 * 16, 3)
+    network(torch.rand(40, 1, 4, 4) * 5)
+    batch = (torch.rand(5, 1, 4, 4), torch.randint(3, (5,)))
+    loss, accuracy = train.evaluate(network, [batch, batch], "cpu")
+    with torch.no_grad():
+        logits = network.eval()(batch[0]).mean(0)
+        other = network.train()(batch[0]).mean(0)
+    wanted, wrong = (float(torch.nn.functional.cross_entropy(o, batch[1])) for o in (logits, other))
+    assert loss == pytest.approx(wanted, rel=1e-5) and abs(wrong - wanted) > 1e-3
+    assert accuracy == pytest.approx(100 * float((logits.argmax(1) == batch[1]).double().mean()))
+
+
+def test_objectives(tmp_path):
+    """Each with the settings that are its own."""
+    logits, labels = torch.randn(3, 4, 5), torch.randint(5, (4,))
+    network = train.NETWORKS["small"](5)
+    given = [
+        "--backend=cpu",
+        f"--out={tmp_path}",
+        "--weight=1e-3",
+        "--mse-ratio=0.2",
+        "--delta=0.3",
+    ]
+    entropy = torch.nn.functional.cross_entropy
+    wanted = {
+        "trt": tk.TRTLoss(network, weight=1e-3, delta=0.3, mse_ratio=0.2)(logits, labels),
+        "tet": 0.8 * torch.stack([entropy(o, labels) for o in logits]).mean()
+        + 0.2 * (logits - 1).square().mean(),
+        "sdt": entropy(logits.mean(0), labels),
+    }
+    for method, value in wanted.items():
+        args = train.parse_arguments([*given, f"--method={method}"])
+        torch.testing.assert_close(train.make_loss(args, network)(logits, labels), value)
+
+
+def test_a_damaged_sample_is_told_of_in_a_line(monkeypatch, capsys):
+    """Also where a process of its own read it."""
+
+    class Damaged(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise data.DataError("a.bin: cannot be read (empty)")
+
+    for workers in (0, 1):
+        with (
+            pytest.raises(SystemExit, match=r"^error: a.bin: cannot be read \(empty\)$"),
+            train.told("..."),
+        ):
+            next(iter(torch.utils.data.DataLoader(Damaged(), num_workers=workers)))
+
+
+def test_a_process_without_samples_and_batch_norms_that_gather(monkeypatch, tmp_path):
+    network = torch.nn.Sequential(torch.nn.SyncBatchNorm(2))
+    args = train.parse_arguments(["--backend=cpu", f"--out={tmp_path}", "--batch-size=4"])
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    train.check_shares(args, network, 6)
+    train.check_shares(args, torch.nn.BatchNorm2d(2), 5)
+    with pytest.raises(data.DataError, match="the last batch has 1 samples for 2 processes"):
+        train.check_shares(args, network, 5)
+
+
+@pytest.mark.parametrize(
+    ("served", "gpu", "device"),
+    [
+        (("cuda", "triton"), True, "cuda"),
+        (("triton",), True, "cuda"),
+        ((), True, "cpu"),
+        (("triton",), False, "cpu"),
+    ],
+)
+def test_the_automatic_device(monkeypatch, tmp_path, served, gpu, device):
+    """Triton serves a GPU where CUDA's kernels are missing; interpreted it is not chosen."""
+    unavailable = {n: {} if n in served else {"lif": "missing"} for n in ("cuda", "triton")}
+    unavailable |= {"cpu": {}, "reference": {}}
+    monkeypatch.setattr(tk, "report", lambda: train.argparse.Namespace(unavailable=unavailable))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = train.parse_arguments([f"--out={tmp_path}"])
+    assert (args.device, args.amp) == (device, "float16" if device == "cuda" else "none")
+    if not gpu:
+        assert train.parse_arguments([f"--out={tmp_path}", "--backend=triton"]).device == "cpu"
+    elif served:
+        monkeypatch.setattr(train, "PROCESSES", 2)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(SystemExit):
+            train.parse_arguments([f"--out={tmp_path}"])
 
 
 @pytest.mark.slow
@@ -335,7 +460,7 @@ def test_backend_is_used_and_restored(run, monkeypatch):
 
     def no_epochs(*_):
         used.append(tk.ops.default_backend)
-        return [{"test_accuracy": 0.0}]
+        return [{"test_accuracy": 0.0}], {}, 0.0
 
     monkeypatch.setattr(train, "train", no_epochs)
     for backend in ("cpu", "reference", "auto"):
