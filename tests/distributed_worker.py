@@ -254,6 +254,7 @@ def main():
         if name.startswith("test_"):
             check()
             sys.stdout.write(f"passed {name}\n")  # in one piece: both processes write
+    distributed.barrier()  # nobody leaves while the other still talks
     distributed.destroy_process_group()
 
 
