@@ -357,6 +357,12 @@ X, ONES = torch.zeros(4, 3, 5, 2), torch.ones(5)
         ((torch.zeros(3), None, None), {"steps": 4}, ValueError, "x: got shape"),
         ((X, None, None), {}, ValueError, "running_mean, running_var: got None"),
         ((X, ONES, None), {}, ValueError, "running_mean, running_var: got one without"),
+        (
+            (X, torch.ones(()).expand(5), ONES, None, None, True),
+            {},
+            ValueError,
+            "running_mean, running_var: repeat one number",
+        ),
         ((X, torch.ones(4), ONES), {}, ValueError, r"running_mean: got shape \(4,\), needs \(5,\)"),
         ((X, ONES, ONES, torch.ones(5, 1)), {}, ValueError, "weight: got shape"),
         ((X, ONES, ONES, ONES, torch.ones(2)), {}, ValueError, "bias: got shape"),

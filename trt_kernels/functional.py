@@ -499,6 +499,10 @@ def batch_norm_lif(
     for running in (running_mean, running_var):
         if running is not None and running.requires_grad:
             raise ValueError("running_mean, running_var: require grad, but there is none for them")
+        if running is not None and training and channels > 1 and running.stride(0) == 0:
+            raise ValueError(
+                "running_mean, running_var: repeat one number in memory, need one for each channel"
+            )
     if gains is not None:
         steps = options.steps or x.shape[options.time_dim]
         checks.tensor("gains", gains)
@@ -524,7 +528,7 @@ def batch_norm_lif(
         if running_mean is None or running_var is None:
             raise ValueError("running_mean, running_var: got None, needed where training is False")
         stats = _running_stats(running_mean, running_var, eps, dtype)
-    weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
+    weight, bias = (None if v is None else v.to(dtype).contiguous() for v in (weight, bias))
     v_init = None if given["v_init"] is None else _initial(given["v_init"], x, options)
     tensors = LIFTensors(v_init, None, neuron, stats, weight, bias, gains)
     return _lif(x, tensors, penalty, options, given["surrogate"], group)

@@ -151,6 +151,13 @@ def lif_shape(x: Tensor, tensors: LIFTensors, options: LIFOptions) -> LIFShape:
     if channels == 1:
         return LIFShape(*sizes, 1, max(1, sizes[0] * sizes[2]))
     dim = options.channel_dim
+    if x.numel() == 0:  # its strides mean nothing; the state of no steps is contiguous
+        state = (
+            x.shape
+            if options.steps
+            else (*x.shape[: options.time_dim], *x.shape[options.time_dim + 1 :])
+        )
+        return LIFShape(*sizes, channels, max(1, math.prod(state[dim + 1 :])))
     stride = x.stride(dim if options.steps or dim < options.time_dim else dim + 1)
     if not options.steps and stride > x.stride(options.time_dim):
         stride //= max(1, x.shape[options.time_dim])

@@ -1,0 +1,196 @@
+"""Every operator on drawn calls, against the reference in float64.
+
+Float32 potentials may be rounded, so a spike may differ from float64's where the potential is within
+rounding of the threshold, and only there; against the reference in the same dtype it may not.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+import trt_kernels as tk
+from tests import fuzzing
+from tests.fuzzing import Call, cases, lay
+from trt_kernels.backends import native
+
+BUDGET = {"cpu": 6000, "cuda": 800, "triton": 300}  # elements: the others are slow on the host
+# Of a gradient, as a share of its norm and of what it is summed from.
+BOUNDS = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+
+def run(function, call: Call, leaves, backend, **changed):
+    """The outputs by name, and the gradients of the wanted leaves for those given."""
+    out = function(**leaves, **{**call.options, **changed}, backend=backend)
+    if isinstance(out, torch.Tensor):
+        return {"spikes": out}
+    return {name: o for name, o in out._asdict().items() if o is not None}
+
+
+def arriving(call: Call, outputs) -> dict[str, torch.Tensor]:
+    """A gradient for some of the outputs, in a layout of its own."""
+    chosen = {}
+    for (name, out), arrives in zip(outputs.items(), call.arriving, strict=False):
+        if arrives and out.requires_grad:
+            values = call.values(out.shape, out.dtype)
+            if name in ("spikes", "potential"):
+                values, _ = lay(values, call.upstream)
+            chosen[name] = values
+    return chosen
+
+
+def gradients(call: Call, outputs, grads, leaves):
+    """By leaf; zeros where nothing depends on it."""
+    wanted = [name for name in leaves if name in call.wanted]
+    if not wanted or not grads:
+        return {}
+    # The reference's state of an empty sequence depends on nothing.
+    grads = {name: g for name, g in grads.items() if outputs[name].requires_grad}
+    if not grads:
+        return {name: torch.zeros_like(leaves[name]) for name in wanted}
+    found = torch.autograd.grad(
+        [outputs[name] for name in grads],
+        [leaves[name] for name in wanted],
+        [g.to(outputs[name].dtype) for name, g in grads.items()],
+        allow_unused=True,
+    )
+    return {
+        name: torch.zeros_like(leaves[name]) if g is None else g
+        for name, g in zip(wanted, found, strict=True)
+    }
+
+
+def assert_close(name, ours, exact, dtype):
+    """Norm-wise; a sum over many numbers is compared with the size of what it is summed from."""
+    assert ours.shape == exact.shape, name
+    bound = max(BOUNDS[ours.dtype], BOUNDS[dtype] if name == "x" else 0)
+    ours, exact = ours.double(), exact.to(ours.dtype).double()
+    if not exact.isfinite().all():  # half precision, or float32, overflows in both
+        same = ours == exact
+        ours, exact = ours.masked_fill(same, 0), exact.masked_fill(same, 0)
+    difference = (ours - exact).norm()
+    scale = exact.norm() + max(1.0, ours.numel() ** 0.5)
+    assert difference <= bound * scale, (name, float(difference / scale))
+
+
+def differs_near_threshold(spikes, exact, time_dim, threshold) -> bool:
+    """Whether the first spikes of each neuron that differ are within rounding of the threshold."""
+    wrong = (spikes.double() != exact["spikes"]).movedim(time_dim, 0)
+    first = wrong & (wrong.cumsum(0) == 1)
+    distance = (exact["potential"] - threshold).abs().movedim(time_dim, 0)
+    size = exact["potential"].abs().movedim(time_dim, 0) + 1
+    return bool((distance[first] <= 1e-5 * size[first]).all())
+
+
+def thresholds(call: Call, shape) -> torch.Tensor:
+    """The threshold of every potential."""
+    threshold = call.tensors.get("threshold", call.options.get("threshold"))
+    threshold = torch.as_tensor(threshold).double()
+    if threshold.numel() == 1:
+        return threshold.reshape(())
+    time_dim, dim = call.options["time_dim"] % len(shape), call.options.get("channel_dim")
+    if dim is None:  # batch_norm_lif
+        dim = 1 if "steps" in call.options else 2
+    dim = dim % call.tensors["x"].ndim
+    if "steps" in call.options:
+        dim += dim >= time_dim
+    return threshold.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+
+
+def check(function, call: Call, backend: str, packed: bool) -> None:
+    before = {name: memory.clone() for name, memory in call.memory.items()}
+    leaves = call.leaves()
+    with tk.pack_saved_spikes() if packed else contextlib.nullcontext():
+        ours = run(function, call, leaves, backend)
+        grads = arriving(call, ours)
+        found = gradients(call, ours, grads, leaves)
+    running = {name: t.clone() for name, t in leaves.items() if name.startswith("running")}
+    for name, memory in call.memory.items():
+        if name not in running:
+            assert memory.view(torch.uint8).equal(before[name].view(torch.uint8)), name
+        memory.copy_(before[name])
+
+    # The same dtype: bit for bit, but for statistics, whose sums have another order.
+    plain = {"memory": "recompute"} if "memory" in call.options else {}
+    twin = call.leaves()
+    same = run(function, call, twin, "reference", **plain)
+    assert ours.keys() == same.keys()
+    x = leaves["x"]
+    if function is tk.lif:
+        for name in ours.keys() & {"spikes", "state", "potential"}:
+            assert ours[name].dtype == same[name].dtype
+            assert torch.equal(ours[name], same[name]), name
+        if torch.empty_like(x).stride() == x.stride() and "steps" not in call.options:
+            assert ours["spikes"].stride() == x.stride()
+    for name, memory in call.memory.items():
+        memory.copy_(before[name])
+
+    # Float64.
+    doubles = call.leaves(torch.float64)
+    options = {**plain, "return_potential": True}
+    if penalty := call.options.get("penalty"):
+        options["penalty"] = tk.MembranePenalty(
+            penalty.phi, penalty.weight.double(), delta=penalty.delta, eps=penalty.eps
+        )
+    exact = run(function, call, doubles, "reference", **options)
+    for name, t in running.items():
+        torch.testing.assert_close(t.double(), doubles[name].double(), rtol=1e-5, atol=1e-5)
+    assert ours["spikes"].shape == exact["spikes"].shape
+    threshold = thresholds(call, exact["spikes"].shape)
+    assert differs_near_threshold(ours["spikes"], exact, call.options["time_dim"], threshold)
+    if torch.equal(ours["spikes"].double(), exact["spikes"]):
+        event("the spikes of float64")
+        for name in ours.keys() - {"spikes"}:
+            torch.testing.assert_close(
+                ours[name].double(), exact[name].double(), rtol=1e-5, atol=1e-5
+            )
+        expected = gradients(call, exact, grads, doubles)
+    elif function is tk.lif:
+        event("spikes that rounding decides")
+        expected = gradients(call, same, grads, twin)
+    else:
+        return
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert grad.dtype == leaves[name].dtype
+        assert_close(name, grad, expected[name], x.dtype)
+
+
+@pytest.fixture
+def drawn_settings(level_setter, threads):
+    """Sets what the bits may not depend on, from what was drawn."""
+
+    def choose(data):
+        level_setter(data.draw(st.sampled_from(native._C.cpu_levels()), label="level"))
+        threads(data.draw(st.integers(1, 3), label="threads"))
+
+    return choose
+
+
+@cases(60)
+@given(data=st.data())
+def test_lif(data, backend, drawn_settings):
+    if backend == "cpu":
+        drawn_settings(data)
+    call = data.draw(fuzzing.lif_calls(BUDGET[backend]))
+    check(tk.lif, call, backend, packed=data.draw(st.booleans(), label="packed"))
+
+
+def batch_norm_lif(x, running_mean=None, running_var=None, weight=None, bias=None, **options):
+    return tk.batch_norm_lif(x, running_mean, running_var, weight, bias, **options)
+
+
+@cases(40)
+@given(data=st.data())
+def test_batch_norm_lif(data, backend, drawn_settings):
+    if backend == "cpu":
+        drawn_settings(data)
+    call = data.draw(fuzzing.batch_norm_lif_calls(BUDGET[backend]))
+    check(batch_norm_lif, call, backend, packed=data.draw(st.booleans(), label="packed"))
