@@ -61,7 +61,8 @@ def lay(values: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         if layout.gaps[dim]:
             strides[dim] = count * layout.gaps[dim]
             count *= max(1, values.shape[dim]) * layout.gaps[dim]
-    memory = torch.full((layout.offset + count + 3,), float("nan"), dtype=values.dtype)
+    stranger = float("nan") if values.is_floating_point() else 10**6
+    memory = torch.full((layout.offset + count + 3,), stranger, dtype=values.dtype)
     once = values
     for dim, gap in enumerate(layout.gaps):
         if gap == 0 and once.shape[dim]:
@@ -162,7 +163,7 @@ SURROGATES = st.one_of(
     st.builds(tk.Sigmoid, st.sampled_from((0.5, 4.0))),
     st.builds(tk.ATan, st.sampled_from((0.5, 2.0))),
     st.builds(tk.FastSigmoid, st.sampled_from((1.0, 25.0))),
-    st.builds(tk.SignedStep, st.sampled_from((0.25, 1.0))),
+    st.builds(tk.SignedStep, st.sampled_from((0.3, 1.0))),
 )
 
 
@@ -316,3 +317,59 @@ def batch_norm_lif_calls(draw, budget: int) -> Call:
         drawing.add("v_init", values(outside, state))
     extras(drawing, options, steps, dtype)
     return drawing.call(options, len(shape) + constant)
+
+
+@st.composite
+def penalty_calls(draw, budget: int) -> Call:
+    """Parameters p0, p1, ... of mixed dtypes; some already have a gradient, named g0, g1, ..."""
+    drawing = Drawing(draw, draw(st.booleans()))
+    for index in range(draw(st.integers(1, 4))):
+        dtype = draw(st.sampled_from(DTYPES))
+        shape = draw(sizes(0, 3, budget // 4))
+        drawing.add(f"p{index}", drawing.values(shape, dtype, 0.1))
+    for index in range(len(drawing.tensors)):
+        p = drawing.tensors[f"p{index}"]
+        if f"p{index}" in drawing.wanted and draw(st.booleans()):
+            drawing.add(f"g{index}", drawing.values(p.shape, p.dtype), grad=False)
+    options = {
+        "steps": draw(st.sampled_from((1, 2, 4, 7, 10, 40))),
+        "weight": draw(st.sampled_from((1.0, 1e-3, 0.0, -2.0))),
+        "delta": draw(st.sampled_from((0.0, 0.25, 0.5, 3.0, 200.0))),
+        "eps": draw(st.sampled_from((1e-5, 0.0, 1.0))),
+    }
+    return drawing.call(options, 1)
+
+
+@st.composite
+def loss_calls(draw, budget: int) -> Call:
+    drawing = Drawing(draw, draw(st.booleans()))
+    dtype = draw(st.sampled_from(DTYPES))
+    steps = draw(st.sampled_from((1, 2, 3, 6, 10)))
+    batch = draw(st.sampled_from((1, 2, 3, 8, 17)))
+    classes = max(1, min(draw(st.sampled_from((1, 2, 3, 10, 33, 100))), budget // (steps * batch)))
+    time_dim = draw(st.sampled_from((0, 1, -2, -3)))
+    shape = (steps, batch) if time_dim in (0, -3) else (batch, steps)
+    drawing.add("logits", drawing.values((*shape, classes), dtype, 4.0))
+    options: dict[str, Any] = {
+        "time_dim": time_dim,
+        "mse_ratio": draw(st.sampled_from((0.0, 0.05, 1.0))),
+        "label_smoothing": draw(st.sampled_from((0.0, 0.0, 0.1, 1.0))),
+    }
+    generator = drawing.values.generator
+    if draw(st.sampled_from((True, True, False))):
+        target = torch.randint(classes, (batch,), generator=generator)
+        if draw(st.booleans()):
+            options["ignore_index"] = int(draw(st.sampled_from((-100, 0, -1, classes))))
+            ignored = torch.rand(batch, generator=generator) < 0.3
+            ignored[0] = False
+            target[ignored] = options["ignore_index"]
+            if options["ignore_index"] == 0:
+                target[0] = classes - 1
+        drawing.add("target", target, grad=False)
+    else:
+        probabilities = torch.rand(batch, classes, generator=generator).softmax(1)
+        drawing.add("target", probabilities.to(draw(st.sampled_from(DTYPES))), grad=False)
+    if draw(st.booleans()):
+        weight = torch.rand(classes, generator=generator) + 0.25
+        drawing.add("class_weight", weight.to(draw(st.sampled_from(DTYPES))), grad=False)
+    return drawing.call(options, 1)

@@ -207,6 +207,20 @@ def test_a_mean_of_a_thousand_deviations(backend):
     assert relative_error(ours, theirs) < 1e-6
 
 
+def test_parameters_with_gaps(backend):
+    """Each may be a part of a larger tensor."""
+    x = torch.randn(4, 3, 5, 6)
+    wide = [t.requires_grad_() for t in (torch.rand(5, 2), torch.rand(5, 2), torch.rand(4, 5, 2))]
+    results = []
+    for own in (lambda t: t[..., 0], lambda t: t[..., 0].contiguous()):
+        weight, bias, gains = map(own, wide)
+        running = [own(torch.zeros(5, 2)), own(torch.ones(5, 2))]
+        out = tk.batch_norm_lif(x, *running, weight, bias, training=True, gains=gains)
+        results.append([out, *running, *torch.autograd.grad(out.sum(), wide)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("gains", ("none", "steps", "channels"))
 def test_constant_current(training, gains, backend):

@@ -1,7 +1,7 @@
 """Every operator on drawn calls, against the reference in float64.
 
-Float32 potentials may be rounded, so a spike may differ from float64's where the potential is within
-rounding of the threshold, and only there; against the reference in the same dtype it may not.
+Float32 potentials may be rounded, so a spike may differ from float64's where the potential is
+within rounding of the threshold, and only there; from the reference's in the same dtype nowhere.
 """
 
 import contextlib
@@ -194,3 +194,122 @@ def test_batch_norm_lif(data, backend, drawn_settings):
         drawn_settings(data)
     call = data.draw(fuzzing.batch_norm_lif_calls(BUDGET[backend]))
     check(batch_norm_lif, call, backend, packed=data.draw(st.booleans(), label="packed"))
+
+
+def unharmed(call: Call, before, written=()) -> None:
+    for name, memory in call.memory.items():
+        if name not in written:
+            assert memory.view(torch.uint8).equal(before[name].view(torch.uint8)), name
+
+
+@cases(40)
+@given(data=st.data())
+def test_trt_penalty(data, backend, drawn_settings):
+    if backend == "cpu":
+        drawn_settings(data)
+    call = data.draw(fuzzing.penalty_calls(BUDGET[backend]))
+    before = {name: memory.clone() for name, memory in call.memory.items()}
+    leaves, doubles = call.leaves(), call.leaves(torch.float64)
+    names = [name for name in leaves if name.startswith("p")]
+    wanted = [name for name in names if name in call.wanted]
+    scale = data.draw(st.sampled_from((1.0, -3.0, 0.0)), label="scale")
+
+    value = tk.trt_penalty([leaves[n] for n in names], **call.options, backend=backend)
+    exact = tk.trt_penalty([doubles[n] for n in names], **call.options, backend="reference")
+    torch.testing.assert_close(value.double(), exact, rtol=2e-6, atol=1e-12)
+    if not wanted:
+        return
+    found = torch.autograd.grad(value * scale, [leaves[n] for n in wanted])
+    expected = torch.autograd.grad(exact * scale, [doubles[n] for n in wanted])
+    unharmed(call, before)
+    for name, grad, other in zip(wanted, found, expected, strict=True):
+        assert grad.dtype == leaves[name].dtype
+        tolerance = 4 * torch.finfo(grad.dtype).eps
+        torch.testing.assert_close(grad.double(), other, rtol=max(tolerance, 2e-15), atol=1e-7)
+
+    # The same into .grad, of which a part may be there already.
+    for name in wanted:
+        leaves[name].grad = leaves.get(name.replace("p", "g"))
+    tk.trt_penalty_([leaves[n] for n in names], **call.options, scale=scale, backend=backend)
+    unharmed(call, before, written=[name for name in leaves if name.startswith("g")])
+    for name, other in zip(wanted, expected, strict=True):
+        grad, old = leaves[name].grad, doubles.get(name.replace("p", "g"))
+        total = other if old is None else other + old
+        bound = 4 * torch.finfo(grad.dtype).eps
+        torch.testing.assert_close(
+            grad.double(), total, rtol=bound, atol=bound * (1 + abs(scale)) + 1e-7
+        )
+    for name in set(names) - set(wanted):
+        assert leaves[name].grad is None
+
+
+@cases(40)
+@given(data=st.data())
+def test_temporal_loss(data, backend, drawn_settings):
+    if backend == "cpu":
+        drawn_settings(data)
+    call = data.draw(fuzzing.loss_calls(BUDGET[backend]))
+    before = {name: memory.clone() for name, memory in call.memory.items()}
+    leaves, exact = call.leaves(), call.leaves()
+    for name, t in exact.items():
+        if t.is_floating_point():
+            exact[name] = t.detach().double().requires_grad_(t.requires_grad)
+    values, grads = [], []
+    for given_, chosen in ((leaves, backend), (exact, "reference")):
+        value = tk.temporal_loss(**given_, **call.options, backend=chosen)
+        values.append(value.detach())
+        if "logits" in call.wanted:
+            grads += torch.autograd.grad(value * 3, given_["logits"])
+    unharmed(call, before)
+    torch.testing.assert_close(values[0].double(), values[1], rtol=5e-6, atol=1e-6, equal_nan=True)
+    if grads:
+        assert grads[0].dtype == leaves["logits"].dtype
+        bound = max(5e-6, torch.finfo(grads[0].dtype).eps)
+        torch.testing.assert_close(
+            grads[0].double(), grads[1], rtol=bound, atol=1e-6, equal_nan=True
+        )
+
+
+@cases(40)
+@given(data=st.data())
+def test_packed_spikes(data, backend, drawn_settings):
+    """What a product keeps of its factors: spikes or not, of lif or not, in any layout."""
+    if backend == "cpu":
+        drawn_settings(data)
+    dtype = data.draw(st.sampled_from(fuzzing.DTYPES), label="dtype")
+    shape = data.draw(fuzzing.sizes(1, 4, BUDGET[backend]), label="shape")
+    values = fuzzing.Values(data.draw(st.integers(0, 2**32 - 1)), grid=True)
+    kind = data.draw(st.sampled_from(("lif", "lif", "binary", "numbers", "nearly")), label="kind")
+    if kind == "lif":
+        layout = data.draw(fuzzing.layouts(len(shape)))
+        time_dim = data.draw(st.integers(0, len(shape) - 1))
+        x, _ = lay(values(shape, dtype), layout)
+        make = lambda: tk.lif(x.requires_grad_(), time_dim=time_dim, threshold=0.25)  # noqa: E731
+    else:
+        numbers = values(shape, dtype)
+        if kind != "numbers":
+            numbers = (numbers > 0.5).to(dtype)
+        if kind == "nearly" and numbers.numel():
+            numbers.view(-1)[data.draw(st.integers(0, numbers.numel() - 1))] = data.draw(
+                st.sampled_from((-0.0, 0.5, float("nan"), 2.0))
+            )
+        made, _ = lay(numbers, data.draw(fuzzing.layouts(len(shape))))
+        make = lambda: made  # noqa: E731
+    factor = values(shape, dtype).requires_grad_()
+    view = data.draw(st.sampled_from(("whole", "flat", "transposed", "detached")), label="view")
+
+    def seen(spikes):
+        if view == "flat":
+            return spikes.flatten(), factor.flatten()
+        if view == "transposed":
+            return spikes.transpose(0, -1), factor.transpose(0, -1)
+        return (spikes.detach() if view == "detached" else spikes), factor
+
+    grads = []
+    for packs in (False, True):
+        with tk.pack_saved_spikes() if packs else contextlib.nullcontext():
+            spikes, other = seen(make())
+            product = spikes * other
+        grads.append(torch.autograd.grad(product, factor, torch.ones_like(product))[0])
+    same = [grad.flatten().view(torch.uint8) for grad in grads]
+    assert torch.equal(*same)

@@ -151,6 +151,25 @@ def test_an_annealed_tensor_needs_no_gradient(backend):
     assert torch.equal(*grads)
 
 
+def test_empty(backend):
+    """Whatever the strides are, which mean nothing where there are no elements."""
+    for shape, strides in (
+        ((0, 3, 2), (6, 2, 1)),
+        ((0, 3, 2), (6, 0, 0)),
+        ((0, 3, 2), (6, 1, 3)),
+        ((4, 3, 0), (0, 0, 0)),
+        ((17, 3, 0), (0, 0, 1)),
+    ):
+        x = torch.zeros(0).as_strided(shape, strides).requires_grad_()
+        threshold = torch.ones(3, requires_grad=True)
+        v_init = torch.rand(shape[1:], requires_grad=True)
+        out = tk.lif(x, threshold=threshold, channel_dim=1, v_init=v_init, return_state=True)
+        assert torch.equal(out.state, v_init) and out.spikes.shape == shape
+        total = out.spikes.sum() + out.state.sum()
+        grads = torch.autograd.grad(total, (x, threshold, v_init))
+        assert not grads[1].any() and torch.equal(grads[2], torch.ones_like(v_init))
+
+
 def test_decay_one_integrates_and_fires(backend):
     x = torch.rand(6, 30)
     expected = (x.cumsum(0) > 2).float().cummax(0).values

@@ -304,6 +304,15 @@ def test_only_v_init_needs_a_gradient(backend):
     assert grad.shape == (5,) and grad.isfinite().all()
 
 
+def test_float64_is_float64_throughout():
+    """No number is rounded to float32 on the way, in the reference neither."""
+    x = torch.tensor([[1 / 3, 0.7]] * 2, dtype=torch.float64)
+    for chosen in ("cpu", "reference"):
+        options = {"decay": 0.3, "threshold": 0.2, "return_potential": True, "backend": chosen}
+        potential = tk.lif(x, charge="delayed", reset="none", **options).potential
+        assert torch.equal(potential[1], x[0] * 0.3 + x[1] - 0.2)
+
+
 def test_chunks_carry_the_state_exactly(backend):
     x = torch.randn(12, 77)
     whole = tk.lif(x, return_state=True)
@@ -344,7 +353,7 @@ def test_nonfinite_inputs_propagate_as_in_the_reference(backend):
 
 @pytest.mark.parametrize("reference", (False, True))
 def test_empty(backend, reference):
-    for shape, time_dim in (((0, 5), 0), ((4, 0), 0), ((2, 0, 3), 1), ((0, 4, 3), 1)):
+    for shape, time_dim in (((0, 5), 0), ((4, 0), 0), ((2, 0, 3), 1), ((0, 4, 3), 1), ((17, 0), 0)):
         x = torch.zeros(shape, requires_grad=True)
         v_init = torch.ones(without_time(shape, time_dim), requires_grad=True)
         out = tk.lif(

@@ -22,6 +22,8 @@ def test_values():
     }
     for surrogate, values in expected.items():
         torch.testing.assert_close(surrogate(u), torch.tensor(values, dtype=torch.float64))
+    third = tk.SignedStep(1 / 3)(u)  # not a float32 on the way
+    assert third.dtype == torch.float64 and third[0] == -third[-1] == 1 / 3
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: s.name)

@@ -110,8 +110,8 @@ class SignedStep(Surrogate):
     name: ClassVar[str] = "signed_step"
 
     def __call__(self, u: Tensor) -> Tensor:
-        step = torch.where(u < 0, self.height, -self.height).to(u.dtype)
-        return torch.where(u.isnan(), u, step)
+        # Not where(u < 0, height, -height): of two numbers it makes float32, whatever u is.
+        return torch.where(u < 0, self.height, torch.where(u.isnan(), u, -self.height))
 
 
 # Those that every backend knows; a class derived from one of them is the user's own.

@@ -729,7 +729,7 @@ void backward(const LIFSettings& settings, LIFBackward a, const Queue& queue) {
   const int every = a.checkpoint_every;
   a.checkpoint_every = a.bits ? static_cast<int>(std::max<Index>(1, a.shape.steps))
                               : segment_steps(a.shape, a.checkpoints, every);
-  if (!a.bits && a.checkpoint_every > every) {
+  if (!a.bits && a.checkpoint_every > every && a.shape.neurons() > 0) {
     throw std::invalid_argument("lif backward: a sequence of " + std::to_string(a.shape.steps) +
                                 " steps needs the forward's checkpoints");
   }

@@ -103,7 +103,9 @@ def charged(
         return v + scaled(x - v)
     if form == "delayed":
         fired = v >= threshold if options.fire_at_threshold else v > threshold
-        return scaled(v) + x - torch.where(fired, threshold, 0)
+        # A tensor: of two numbers, `where` makes float32.
+        taken = torch.as_tensor(threshold, dtype=v.dtype, device=v.device)
+        return scaled(v) + x - torch.where(fired, taken, 0)
     return scaled(v) + x
 
 
