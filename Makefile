@@ -6,7 +6,7 @@ OUT ?= out
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install test on-host test-cpp bench gpu docs lint format clean
+.PHONY: install test on-host test-cpp test-sanitized fuzz bench gpu docs lint format clean
 
 install: $(VENV)/installed
 
@@ -35,17 +35,37 @@ on-host: install
 	  -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir)
 	$(BIN)/cmake --build build/on_host --target _cuda_on_host
 
-# The mathematics and the CUDA kernels' own source, run by the host: plain, then under sanitizers.
+# The mathematics, the core and the CUDA kernels' own source, run by the host: plain, then under
+# sanitizers. ThreadSanitizer does not understand OpenMP, so there the core has threads without it.
 test-cpp: on-host
 	$(BIN)/cmake --build build/on_host --target cpp_tests
 	$(BIN)/ctest --test-dir build/on_host --output-on-failure
 	for sanitizer in address,undefined thread; do \
 	  folder=build/$$sanitizer && \
 	  $(CONFIGURE_TESTS) -B $$folder -DTRT_KERNELS_WITH_PYTHON=OFF \
-	    -DTRT_KERNELS_SANITIZE=$$sanitizer -DTRT_KERNELS_OPTIMIZE=0 && \
+	    -DTRT_KERNELS_SANITIZE=$$sanitizer -DTRT_KERNELS_OPTIMIZE=0 \
+	    -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=$$([ $$sanitizer = thread ] && echo ON || echo OFF) && \
 	  $(BIN)/cmake --build $$folder && \
 	  $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done
+
+# The operators' tests in Python, with core and CUDA kernels under AddressSanitizer (which puts red
+# zones around torch's tensors too) and UndefinedBehaviorSanitizer.
+SANITIZED = build/address,undefined
+OPERATOR_TESTS = $(patsubst %,tests/test_%.py,fuzz metamorphic limits lif lif_forms learnable \
+  batch_norm_lif loss penalty packing surrogates)
+test-sanitized: test-cpp
+	$(CONFIGURE_TESTS) -B $(SANITIZED) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) -DTRT_KERNELS_WITH_PYTHON=ON
+	$(BIN)/cmake --build $(SANITIZED) --target _C _cuda_on_host
+	TRT_KERNELS_TEST_BUILD=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -n auto -k "not triton and not compile" -m "not slow" $(OPERATOR_TESTS)
+
+# Many more cases of the fuzz tests than `make test` runs, other ones every time: 25 times as many.
+FUZZ ?= 25
+fuzz: install on-host
+	TRT_KERNELS_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto tests/test_fuzz.py tests/test_metamorphic.py
 
 bench: install
 	mkdir -p $(OUT)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,25 @@ import torch
 # Without a GPU, Triton's kernels run in its interpreter. Read when the kernels are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+ROOT = Path(__file__).parents[1]
+# Where the compiled modules to be tested are, if not those of the package: built with sanitizers.
+OTHER_BUILD = os.environ.get("TRT_KERNELS_TEST_BUILD")
+BUILT = ROOT / (OTHER_BUILD or "build/on_host")
+
+
+def load_built(name, folder):
+    """A compiled module from a folder."""
+    found = list(folder.glob(f"{name.rpartition('.')[2]}.*so"))
+    assert found, f"{name} is not built in {folder}: make on-host"
+    spec = importlib.util.spec_from_file_location(name, found[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if OTHER_BUILD:
+    sys.modules["trt_kernels._C"] = load_built("trt_kernels._C", BUILT)
 
 import trt_kernels as tk
 from trt_kernels import backends, ops
@@ -63,18 +83,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-BUILT = Path(__file__).parents[1] / "build" / "on_host" / "tests" / "csrc"
-
-
 @cache
 def cuda_on_host():
     """The bindings over the CUDA kernels compiled for the host (tests/csrc/CMakeLists.txt)."""
-    found = list(BUILT.glob("_cuda_on_host*"))
-    assert found, "the CUDA kernels are not built for the host: make on-host"
-    spec = importlib.util.spec_from_file_location("_cuda_on_host", found[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_built("_cuda_on_host", BUILT / "tests" / "csrc")
 
 
 def forget_choices():

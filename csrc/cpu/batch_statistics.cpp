@@ -17,6 +17,7 @@ using Index = std::int64_t;
 constexpr Index kTile = 512, kMostLanes = 32;
 constexpr Index kStretch = 4096;
 constexpr Index kPart = 64 * 1024;
+constexpr Index kSerial = serial_below(kPart);
 
 struct Moments {
   double sum = 0, squares = 0;
@@ -65,7 +66,7 @@ void statistics(const Statistics& a, int threads) {
   const Index parts = ceil_div(a.before, runs_of_part);
   std::vector<Moments> partial(parts * across * width);
 
-  parallel_for(parts * across, a.before * a.channels * a.within < kPart ? 1 : threads,
+  parallel_for(parts * across, a.before * a.channels * a.within < kSerial ? 1 : threads,
                [&](Index index, int) {
                  const Index part = index % parts, tile = index / parts;
                  const Index first = tile * width, n = std::min(width, a.channels - first);

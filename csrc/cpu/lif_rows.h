@@ -115,8 +115,7 @@ Index block_width(const LIFShape& shape, Index column_elements, int threads) {
   return std::max<Index>(1, (width + kGranule / 2) / kGranule) * kGranule;
 }
 
-// Below this many neuron-steps a second thread costs more than it gives.
-constexpr Index kSerial = 16 * 1024;
+constexpr Index kSerial = serial_below(16 * 1024);  // neuron-steps
 
 inline int useful_threads(const LIFShape& shape, int threads) {
   return shape.neurons() * shape.steps < kSerial ? 1 : threads;

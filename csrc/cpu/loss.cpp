@@ -14,8 +14,8 @@ namespace {
 
 using Index = std::int64_t;
 
-constexpr Index kBlockElements = 8 * 1024;  // logits of one partial sum
-constexpr Index kSerial = 8 * 1024;         // logits below which a second thread does not pay
+constexpr Index kBlockElements = 8 * 1024;         // logits of one partial sum
+constexpr Index kSerial = serial_below(8 * 1024);  // logits
 
 // Divisors of the two means; both are the same for every step.
 struct Means {

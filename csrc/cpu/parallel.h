@@ -9,10 +9,23 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#include <thread>
+#include <vector>
 #endif
 
 namespace trt {
 inline namespace TRT_ISA {
+
+// Elements below which a second thread does not pay. Builds with sanitizers have none, so that
+// small cases have threads too.
+constexpr std::int64_t serial_below(std::int64_t elements) {
+#ifdef TRT_KERNELS_ALWAYS_THREADED
+  return 0 * elements;
+#else
+  return elements;
+#endif
+}
 
 // f(block, thread) for every block. Which thread takes a block is free; what a block is must depend
 // on shapes alone, so that every sum has one order.
@@ -22,6 +35,19 @@ void parallel_for(std::int64_t blocks, int threads, Function&& f) {
   if (threads > 1 && blocks > 1 && !cpu::forked() && !omp_in_parallel()) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t block = 0; block < blocks; ++block) f(block, omp_get_thread_num());
+    return;
+  }
+#else
+  // Started at every call, so only for those who have no OpenMP; ThreadSanitizer is one of them.
+  if (threads > 1 && blocks > 1) {
+    const auto share = [&](int thread) {
+      const std::int64_t end = blocks * (thread + 1) / threads;
+      for (std::int64_t block = blocks * thread / threads; block < end; ++block) f(block, thread);
+    };
+    std::vector<std::thread> team;
+    for (int thread = 1; thread < threads; ++thread) team.emplace_back(share, thread);
+    share(0);
+    for (std::thread& member : team) member.join();
     return;
   }
 #endif

@@ -18,7 +18,7 @@ using Index = std::int64_t;
 
 constexpr Index kBlock = 1024;         // elements that stay in the first-level cache
 constexpr Index kChunk = 16 * kBlock;  // elements of one partial sum
-constexpr Index kSerial = 16 * 1024;   // elements below which a second thread does not pay
+constexpr Index kSerial = serial_below(16 * 1024);
 constexpr int kGroup = 4;
 
 struct Chunk {

@@ -16,7 +16,7 @@ using Index = std::int64_t;
 
 constexpr Index kTile = 512;  // elements looked at before the next look at the others' finds
 constexpr Index kChunk = 64 * kTile;
-constexpr Index kSerial = 2 * kChunk;  // elements below which a second thread does not pay
+constexpr Index kSerial = serial_below(2 * kChunk);
 
 // Writes the bits of at most kTile elements; false if one of them is neither 0 nor 1.
 template <class Word>

@@ -24,13 +24,9 @@ constexpr int kEvery = 6;
 constexpr int kEvery = 2;
 #endif
 
-// Threads of the CPU; 0 stands for CUDA. ThreadSanitizer sees no barrier of OpenMP, so no races
-// can be told where there are several.
-#if defined(__SANITIZE_THREAD__)
-constexpr int kWorkers[] = {0, 1};
-#else
-constexpr int kWorkers[] = {0, 1, 3};
-#endif
+// Under sanitizers all of them work in small cases too.
+constexpr int kThreadsOfCPU = 3;
+constexpr int kWorkers[] = {0, 1, kThreadsOfCPU};  // 0 stands for CUDA
 
 constexpr DType kDTypes[] = {DType::float32, DType::float64, DType::float16, DType::bfloat16};
 constexpr int kOffsets[] = {0, 0, 1, 2, 4};  // of every pointer, in elements

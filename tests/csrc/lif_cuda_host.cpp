@@ -190,7 +190,7 @@ class Comparison {
   void forward() {
     const bool with_potential = chance(0.5), with_state = chance(0.5);
     Forward expected = forward_outputs(with_potential, with_state);
-    cpu::lif_forward(settings(), arguments(expected), 1);
+    cpu::lif_forward(settings(), arguments(expected), kThreadsOfCPU);
     Forward got = forward_outputs(with_potential, with_state);
     cuda_forward(got);
     CHECK(same(got.spikes, expected.spikes), c_.description);
@@ -249,7 +249,7 @@ class Comparison {
       return out;
     };
     Backward expected = outputs(), got = outputs();
-    cpu::lif_backward(settings(), arguments(expected), 1);
+    cpu::lif_backward(settings(), arguments(expected), kThreadsOfCPU);
     const LIFBackward a = arguments(got);
     auto space = workspace(cuda::lif_backward_workspace(settings(), a));
     cuda::lif_backward(settings(), a, {space.data(), 0, nullptr});

@@ -53,7 +53,7 @@ class Comparison {
     const LossTensors of_cpu = tensors(expected_normalizer, nullptr);
 
     cuda::loss_value(s(), of_cuda, out.data(), queue);
-    const double expected = cpu::loss_value(s(), of_cpu, 1), value = out[0];
+    const double expected = cpu::loss_value(s(), of_cpu, kThreadsOfCPU), value = out[0];
     CHECK(space.guards_intact() && out.guards_intact() && divisors.guards_intact() &&
               normalizer.guards_intact(),
           c_.description);
@@ -68,7 +68,7 @@ class Comparison {
     auto grad = Tensor<Storage>(elements_, any_of(kOffsets)).poison();
     auto expected_grad = Tensor<Storage>(elements_, 0).poison();
     cuda::loss_gradient(s(), of_cuda, upstream_.data(), grad.data(), queue);
-    cpu::loss_gradient(s(), of_cpu, upstream_[0], expected_grad.data(), 1);
+    cpu::loss_gradient(s(), of_cpu, upstream_[0], expected_grad.data(), kThreadsOfCPU);
     CHECK(grad.guards_intact(), c_.description);
     // So is its gradient.
     const double grad_error = distance(grad, expected_grad, 1.0);

@@ -99,7 +99,7 @@ void compare(int tensors, int largest, int terms, double delta, double scale, co
   cuda::penalty_value(settings, of_cuda, out_type, to, queue);
   CHECK(space.guards_intact() && out.guards_intact() && out_single.guards_intact(), description);
   const double value = twice ? out[0] : out_single[0];
-  const double expected = cpu::penalty_value(settings, of_cpu, 1);
+  const double expected = cpu::penalty_value(settings, of_cpu, kThreadsOfCPU);
   CHECK(std::fabs(value - expected) <= 2e-6 * std::fabs(expected), description, value, expected);
   cuda::penalty_value(settings, of_cuda, out_type, to, queue);
   CHECK((twice ? out[0] : out_single[0]) == value, description, "again");
@@ -110,7 +110,7 @@ void compare(int tensors, int largest, int terms, double delta, double scale, co
   cuda::penalty_gradient(settings, of_cuda, 0.5, DType::float32,
                          with_upstream ? upstream.data() : nullptr,
                          {gradient_space.data(), 0, nullptr});
-  cpu::penalty_gradient(settings, of_cpu, with_upstream ? -1.5 : 0.5, 1);
+  cpu::penalty_gradient(settings, of_cpu, with_upstream ? -1.5 : 0.5, kThreadsOfCPU);
   CHECK(gradient_space.guards_intact(), description);
   for (auto& parameter : parameters) parameter->check_gradient(description);
 }
