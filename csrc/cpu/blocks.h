@@ -105,7 +105,7 @@ class Blocks {
 
   // Most columns of a block, and of what is given for those of a tile.
   Index width() const { return std::min(outers_, planes.runs) * inners_; }
-  Index given_width() const { return std::max(width(), planes.width); }
+  Index given_width() const { return planes.tiles ? std::max(width(), planes.width) : width(); }
   Index granules() const { return granules_of_plane * planes.count; }
 
   // f(block, its number) for the blocks of part `index` of `count` planes from `first` on. Parts
