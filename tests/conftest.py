@@ -35,9 +35,9 @@ def load_built(name, folder):
 if OTHER_BUILD:
     sys.modules["trt_kernels._C"] = load_built("trt_kernels._C", BUILT)
 
-import trt_kernels as tk
-from trt_kernels import backends, ops
-from trt_kernels.backends import native
+import trt_kernels as tk  # noqa: E402
+from trt_kernels import backends, ops  # noqa: E402
+from trt_kernels.backends import native  # noqa: E402
 
 LEVELS = native._C.cpu_levels()
 

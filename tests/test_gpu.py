@@ -6,6 +6,9 @@ Bit for bit where spikes are decided, norm-wise elsewhere. Needs a CUDA device; 
 import contextlib
 import fcntl
 import itertools
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -667,6 +670,30 @@ def test_out_of_memory_raises_and_the_next_call_works(backend):
         with pytest.raises(torch.OutOfMemoryError):
             call()
         same(work(), before)
+
+
+FAULT = """
+import torch, trt_kernels as tk
+from trt_kernels.backends import native
+x = torch.randn(4, 64, device="cuda")
+tk.lif(x, backend="cuda")
+torch.cuda.synchronize()
+((options, _),) = tk.functional._checked.values()
+place = 0, native.CHECKPOINT_EVERY, 0, native.current_stream(0)
+handle = native.lif_handle(options)
+try:
+    handle.cuda_forward_plain(native.DTYPES[x.dtype], x.shape, 0, 4096, x.data_ptr(), *place)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_kernels_error_surfaces_at_its_call():
+    """Given an address that is none, in a process of its own, where launches wait for their end."""
+    environment = {**os.environ, "CUDA_LAUNCH_BLOCKING": "1"}
+    command = [sys.executable, "-c", FAULT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert "launching lif forward: an illegal memory access" in done.stdout, done.stderr
 
 
 @contextlib.contextmanager

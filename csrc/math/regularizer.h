@@ -40,7 +40,8 @@ struct TrtPotential {
   TRT_HD static F derivative(F h, F growth, F eps) {
     const F a = absolute(h);
     const F r = fast_reciprocal(F(1) + growth * (a + eps));
-    return h * (F(2) + growth * (a + F(2) * eps)) * r * r;
+    // Each factor divided by itself: their product may overflow.
+    return (h * r) * ((F(2) + growth * (a + F(2) * eps)) * r);
   }
 };
 

@@ -34,7 +34,8 @@ def phi_derivative(h, growth, eps, PHI: tl.constexpr):
         slope = 2.0 * h
     elif PHI == "trt":
         d = 1.0 + growth * (tl.abs(h) + eps)
-        slope = h * (2.0 + growth * (tl.abs(h) + 2.0 * eps)) / (d * d)
+        # Each factor divided by itself: their product may overflow, and so may d * d.
+        slope = (h / d) * ((2.0 + growth * (tl.abs(h) + 2.0 * eps)) / d)
     else:
         tl.static_assert(PHI == "range", "unknown phi")
         at_zero = tl.where(h == 0.5, 0.0, 2.0 * h)
