@@ -2,7 +2,8 @@
 
 Environment: TRT_KERNELS_CUDA=0|1 forbids or demands the CUDA part, which is built otherwise where
 nvcc is found; TRT_KERNELS_CUDA_ARCHS (or TORCH_CUDA_ARCH_LIST) chooses its architectures;
-CMAKE_ARGS has further arguments for CMake.
+CMAKE_ARGS has further arguments for CMake; TRT_KERNELS_LOCAL_VERSION=cu13 makes the version that of
+pyproject.toml with +cu13 behind it, as the wheels with CUDA are named.
 """
 
 import os
@@ -130,7 +131,16 @@ def first_error(output):
     return (errors or lines or ["no output"])[0]
 
 
+def local_version():
+    """What stands behind the version: '+cu13', or nothing."""
+    label = os.environ.get("TRT_KERNELS_LOCAL_VERSION", "")
+    if not re.fullmatch(r"([a-z0-9]+(\.[a-z0-9]+)*)?", label):
+        raise SystemExit(f"TRT_KERNELS_LOCAL_VERSION: got {label!r}, needs letters and digits: cu13")
+    return f"+{label}" if label else ""
+
+
 setup(
+    options={"egg_info": {"tag_build": local_version()}},
     ext_modules=[Extension("trt_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

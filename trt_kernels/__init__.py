@@ -13,6 +13,7 @@ from .options import MembranePenalty
 from .packing import pack_saved_spikes
 from .report import Report, report
 from .surrogates import ATan, FastSigmoid, Rectangle, Sigmoid, SignedStep, Surrogate, Triangle
+from .version import __version__ as __version__
 
 __all__ = [
     "ATan",

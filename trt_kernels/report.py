@@ -2,13 +2,13 @@
 
 import platform
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from . import backends
 from .backends import native
+from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def report() -> Report:
     """The state of this installation; `python -m trt_kernels` prints it."""
     build: dict[str, Any] = {} if native._C is None else native._C.build_info()
     versions = {
-        "trt_kernels": metadata.version("trt_kernels"),
+        "trt_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiler": build.get("compiler", "none"),
