@@ -135,7 +135,7 @@ def local_version():
     """What stands behind the version: '+cu13', or nothing."""
     label = os.environ.get("TRT_KERNELS_LOCAL_VERSION", "")
     if not re.fullmatch(r"([a-z0-9]+(\.[a-z0-9]+)*)?", label):
-        raise SystemExit(f"TRT_KERNELS_LOCAL_VERSION: got {label!r}, needs letters and digits: cu13")
+        raise SystemExit(f"TRT_KERNELS_LOCAL_VERSION: got {label!r}, needs a label such as cu13")
     return f"+{label}" if label else ""
 
 

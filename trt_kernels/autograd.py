@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import ops
 from .backends import layout
@@ -24,6 +23,7 @@ from .options import (
     LossOptions,
     PenaltyOptions,
 )
+from .typed import Function
 
 
 class LIFFunction(Function):

@@ -99,7 +99,7 @@ class _Neuron(nn.Module):
             self.state = self.state.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.state is not None:
             # Moves with the module, but keeps its own dtype, as `lif` demands.
             self.state = self.state.to(fn(self.state).device)

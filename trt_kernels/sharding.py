@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd import Function
 from torch.nn import Parameter
 
 from .backends.layout import sum_dtype
+from .typed import Function
 
 
 def is_dtensor(tensor: Tensor) -> bool:

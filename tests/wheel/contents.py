@@ -1,5 +1,7 @@
-"""python tests/wheel/contents.py SDIST WHEEL: both hold what they should and nothing else. Run in the
-repository, whose tracked files are what they should hold."""
+"""python tests/wheel/contents.py SDIST WHEEL: both hold what they should and nothing else.
+
+Run in the repository, whose tracked files are what they should hold.
+"""
 
 import re
 import subprocess

@@ -1,5 +1,7 @@
-"""The compiled module of an installed wheel without PyTorch, which the package imports: it takes
-addresses, so arrays of the standard library serve. For Pythons that have no PyTorch here."""
+"""The compiled module of an installed wheel, without PyTorch, which the package imports.
+
+It takes addresses, so arrays of the standard library serve. For Pythons that have no PyTorch here.
+"""
 
 import importlib.util
 import random

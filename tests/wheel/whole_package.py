@@ -1,5 +1,7 @@
-"""A user's script: every public name, on a CPU, from outside the tree. It runs with an installed wheel, and
-`mypy --strict` takes it, which shows that the wheel carries its types."""
+"""A user's script: every public name, on a CPU, from outside the tree.
+
+It runs with an installed wheel, and `mypy --strict` takes it: the wheel carries its types.
+"""
 
 import copy
 from typing import Any

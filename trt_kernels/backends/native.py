@@ -5,9 +5,9 @@ layout.py says how tensors reach the kernels.
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,12 +39,14 @@ from .layout import (
     sum_dtype,
 )
 
-_C: Any = None
 _import_error: str | None = None
-try:
-    _C = importlib.import_module("trt_kernels._C")
-except ImportError as error:
-    _import_error = f"the compiled module is missing or does not load: {error}"
+if TYPE_CHECKING:
+    from .. import _C as _C
+else:
+    try:
+        _C = importlib.import_module("trt_kernels._C")
+    except ImportError as error:
+        _C, _import_error = None, f"the compiled module is missing or does not load: {error}"
 
 DTYPES = {} if _C is None else {d: getattr(_C.DType, str(d).removeprefix("torch.")) for d in FLOATS}
 
@@ -78,7 +80,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 @lru_cache(maxsize=4096)  # bounded: an annealed threshold makes new settings at every step
-def lif_handle(options: LIFOptions) -> Any:
+def lif_handle(options: LIFOptions) -> "_C.LIF":
     """The compiled settings of these options, made once."""
     return _C.LIF(
         charge=options.charge,
@@ -207,6 +209,10 @@ class PlainLIF:
         self.options, self.single = options, single
         self._cuda = options.backend == "cuda"
         self._dtype, self._time_dim = DTYPES[dtype], options.time_dim
+        self._run_forward: Callable[..., None]
+        self._run_backward: Callable[..., None]
+        self._run_forward_carried: Callable[..., None]
+        self._run_backward_carried: Callable[..., None]
         if self._cuda:
             self._run_forward = handle.cuda_forward_plain
             self._run_backward = handle.cuda_backward_plain
@@ -284,7 +290,7 @@ class PlainLIF:
 
 
 @lru_cache(maxsize=64)
-def penalty_handle(options: PenaltyOptions) -> Any:
+def penalty_handle(options: PenaltyOptions) -> "_C.Penalty":
     growth = []
     for t in range(options.steps):
         # A term divided by more is nothing; left out, it can neither overflow nor cost time.
@@ -294,7 +300,8 @@ def penalty_handle(options: PenaltyOptions) -> Any:
     return _C.Penalty(growth=growth, scale=options.weight / options.steps, eps=options.eps)
 
 
-Row = tuple[Any, int, int, int, bool]  # dtype, elements, addresses of weight and gradient, add?
+# dtype, elements, addresses of weight and gradient, add?
+Row = tuple["_C.DType", int, int, int, bool]
 
 
 def penalty_rows(params: Sequence[Tensor], grads: Sequence[Tensor], add: bool) -> list[Row]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from ...checks import single_backward, state_dtype
 from ...options import CHARGES, LIFOptions, LIFResults, LIFTensors
+from ...typed import Function
 from .. import layout
 
 
