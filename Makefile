@@ -6,7 +6,7 @@ OUT ?= out
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install test on-host test-cpp test-sanitized fuzz bench gpu docs lint format clean
+.PHONY: install test on-host test-cpp test-sanitized fuzz mutate bench gpu docs lint format clean
 
 install: $(VENV)/installed
 
@@ -66,6 +66,10 @@ test-sanitized: test-cpp
 FUZZ ?= 25
 fuzz: install on-host
 	TRT_KERNELS_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto tests/test_fuzz.py tests/test_metamorphic.py
+
+# Deliberate faults, one by one in a copy of the tree: each must fail a test. Half an hour.
+mutate: $(VENV)/requirements
+	$(BIN)/python -m tests.mutations $(if $(ONLY),--only $(ONLY))
 
 bench: install
 	mkdir -p $(OUT)

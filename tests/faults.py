@@ -147,7 +147,7 @@ MATH = (
         "csrc/math/regularizer.h",
         "return h * h * fast_reciprocal(F(1) + growth * (absolute(h) + eps));",
         "return h * h * fast_reciprocal(F(1) + growth * absolute(h));",
-        (f"{LIF}test_eps_of_the_membrane_penalty[cpu]",),
+        (f"{LIF}test_the_decaying_penalty_at_its_limits[cpu-eps]",),
         "the membrane penalty 'trt' without its eps",
     ),
     Mutation(
@@ -155,7 +155,7 @@ MATH = (
         "csrc/math/regularizer.h",
         "return growth < kLargestGrowth ? growth : kLargestGrowth;",
         "return growth;",
-        (f"{LIF}test_a_growth_that_overflows[cpu]",),
+        (f"{LIF}test_the_decaying_penalty_at_its_limits[cpu-overflow]",),
         "expm1(delta t) of the membrane penalty may overflow",
     ),
     Mutation(
@@ -229,10 +229,10 @@ CPU = (
     Mutation(
         "tail-of-the-moments",
         "csrc/cpu/batch_statistics.cpp",
-        "    for (Index lane = 0; i + lane < n; ++lane) add_one(lane, load(x[i + lane]) - shift);\n",
-        "",
+        "for (Index lane = 0; i + lane < n; ++lane) add_one(",
+        "for (Index lane = 0; i + lane < n - 1; ++lane) add_one(",
         (f"{BLOCK}test_matches_the_reference[cpu-none-True-(4, 3, 5, 6, 6)-0]",),
-        "the statistics of a channel lose the tail of every run",
+        "the statistics of a channel lose the last number of a run",
     ),
     Mutation(
         "penalty-weight-of-the-next-step",
@@ -710,7 +710,7 @@ PYTHON = (
         "trt_kernels/functional.py",
         "key = (settings, classes, packing.active(), chosen, x.dtype, x.device, x.ndim, x.layout)",
         "key = (settings, packing.active(), chosen, x.dtype, x.device, x.ndim, x.layout)",
-        (f"{LIF}test_bad_input", f"{LIF}test_a_remembered_call_knows_the_classes"),
+        (f"{LIF}test_a_remembered_call_does_not_admit_what_equals_it",),
         "a bad argument passes where an equal one was checked: 0.0 for the time_dim 0",
     ),
     Mutation(
@@ -954,7 +954,7 @@ EXAMPLES = (
         "examples/train.py",
         "enabled=half is torch.float16)",
         "enabled=False)",
-        (f"{TRAIN}test_resume_restores_the_scaler", f"{TRAIN}test_an_interrupted_run_*"),
+        (f"{TRAIN}test_resume_restores_the_scaler",),
         "float16 trains without a GradScaler",
     ),
     Mutation(
@@ -978,7 +978,7 @@ EXAMPLES = (
         "examples/train.py",
         "            scaler.update()\n",
         "",
-        (f"{TRAIN}test_float16_overflow_lowers_the_scale",),
+        (f"{TRAIN}test_float16_that_overflows_lowers_the_scale",),
         "the GradScaler never lowers its scale",
     ),
     Mutation(
@@ -1170,7 +1170,7 @@ EXAMPLES = (
         "examples/data.py",
         "lambda x: rolled(flipped(x), 5)",
         "lambda x: rolled(x, 5)",
-        (f"{DATA}test_augmentation_of_dvs_cifar10",),
+        (f"{DATA}test_dvs_cifar10",),
         "DVS-CIFAR10 without its random flip",
     ),
     Mutation(
@@ -1178,7 +1178,7 @@ EXAMPLES = (
         "examples/data.py",
         "lambda x: rolled(flipped(x), 5)",
         "lambda x: flipped(x)",
-        (f"{DATA}test_augmentation_of_dvs_cifar10",),
+        (f"{DATA}test_dvs_cifar10",),
         "DVS-CIFAR10 without its random shift",
     ),
     Mutation(
@@ -1194,7 +1194,7 @@ EXAMPLES = (
         "examples/data.py",
         "cutout(moved(flipped(x)), int(torch.randint(1, 31, ())))",
         "cutout(flipped(x), int(torch.randint(1, 31, ())))",
-        (f"{DATA}test_augmentation_of_n_caltech101",),
+        (f"{DATA}test_n_caltech101",),
         "N-Caltech101 without its random affine map",
     ),
     Mutation(
@@ -1202,7 +1202,7 @@ EXAMPLES = (
         "examples/data.py",
         "cutout(moved(flipped(x)), int(torch.randint(1, 31, ())))",
         "moved(flipped(x))",
-        (f"{DATA}test_augmentation_of_n_caltech101",),
+        (f"{DATA}test_n_caltech101",),
         "N-Caltech101 without cutout",
     ),
     Mutation(
@@ -1210,7 +1210,7 @@ EXAMPLES = (
         "examples/data.py",
         "cutout(moved(flipped(x)), int(torch.randint(1, 31, ())))",
         "cutout(moved(x), int(torch.randint(1, 31, ())))",
-        (f"{DATA}test_augmentation_of_n_caltech101",),
+        (f"{DATA}test_n_caltech101",),
         "N-Caltech101 without its random flip",
     ),
     Mutation(

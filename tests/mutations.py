@@ -175,6 +175,8 @@ class Workshop:
             "-DTRT_KERNELS_WITH_TESTS=ON",
             "-DTRT_KERNELS_ONLY_BASELINE=ON",
             "-DTRT_KERNELS_OPTIMIZE=1",
+            "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+            "-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF",  # linking would take as long as compiling
         ]
         code, text = run(command, self.tree, BUILD_SECONDS)
         if code:

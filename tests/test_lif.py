@@ -203,6 +203,24 @@ def test_half_precision_is_as_good_as_plain_torch(dtype, backend):
     assert relative_error(ours.grad, exact.grad) <= 2 * relative_error(plain.grad, exact.grad)
 
 
+@pytest.mark.parametrize("delta,eps", ((0.5, 2.0), (200.0, 0.1)), ids=("eps", "overflow"))
+def test_the_decaying_penalty_at_its_limits(delta, eps, backend):
+    """An eps that is large, and a factor of 1 / expm1(δt) that overflows: those terms are 0."""
+    x = torch.randn(6, 90)
+    x[:, :10] = 0  # potentials that are 0, too
+    results = []
+    for chosen in (backend, "reference"):
+        leaf = x.clone().requires_grad_()
+        penalty = tk.MembranePenalty("trt", torch.full((6,), 0.7), delta=delta, eps=eps)
+        out = tk.lif(leaf, penalty=penalty, backend=chosen)
+        results.append((out.penalty, torch.autograd.grad(out.penalty, leaf)[0]))
+    (value, grad), (their_value, their_grad) = results
+    torch.testing.assert_close(value, their_value, rtol=2e-6, atol=0)
+    assert grad.isfinite().all() and relative_error(grad, their_grad) < 2e-6
+    if delta > 100:
+        torch.testing.assert_close(value, 0.7 * x[0].square().mean(), rtol=1e-5, atol=0)
+
+
 def test_layouts_are_read_in_place_and_kept(backend):
     for time_dim, order in ((0, (0, 1, 3, 4, 2)), (1, (0, 1, 3, 4, 2)), (1, (1, 0, 2, 3, 4))):
         base = torch.randn(4, 3, 6, 5, 2)
@@ -716,6 +734,23 @@ def test_bad_input(x, options, error, message):
     for _ in range(2):  # a remembered call must not pass the second time
         with pytest.raises(error, match=message):
             tk.lif(x, **options)
+
+
+@pytest.mark.parametrize(
+    "good,bad",
+    (
+        ({"time_dim": 0}, {"time_dim": 0.0}),
+        ({"time_dim": 0}, {"time_dim": False}),
+        ({"threshold": 1.0}, {"threshold": True}),
+        ({"detach_reset": True}, {"detach_reset": 1}),
+        ({"return_state": False}, {"return_state": 0}),
+    ),
+    ids=str,
+)
+def test_a_remembered_call_does_not_admit_what_equals_it(good, bad):
+    tk.lif(X, **good)
+    with pytest.raises(TypeError, match=f"{next(iter(bad))}: got"):
+        tk.lif(X, **bad)
 
 
 def test_penalty_changed_after_it_was_made():

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,53 @@ def test_first_error(setup_module):
     output = "[1/3] Building\nx.cu(3): error: bad thing\nninja: build stopped\n"
     assert setup_module.first_error(output) == "x.cu(3): error: bad thing"
     assert setup_module.first_error("") == "no output"
+
+
+def commands(folder, *options):
+    """How CMake would compile the core, by source."""
+    tools = Path(sys.executable).parent
+    here = {
+        name: shutil.which(name, path=tools) or shutil.which(name) for name in ("cmake", "ninja")
+    }
+    if None in here.values():
+        pytest.skip("needs cmake and ninja")
+    done = subprocess.run(
+        [
+            *(here["cmake"], "-GNinja", "-S", ROOT, "-B", folder),
+            f"-DCMAKE_MAKE_PROGRAM={here['ninja']}",
+            "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+            "-DTRT_KERNELS_WITH_PYTHON=OFF",
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = json.loads((folder / "compile_commands.json").read_text())
+    return [(Path(entry["file"]), entry["command"]) for entry in entries]
+
+
+def test_nothing_may_be_contracted(tmp_path):
+    """On no level of the CPU: of the flags the last counts, and none may take it back."""
+    found = commands(tmp_path, "-DTRT_KERNELS_WITH_TESTS=ON")
+    assert {"lif_forward.cpp", "loss.cpp", "dispatch.cpp", "lif.cu"} <= {f.name for f, _ in found}
+    for file, command in found:
+        assert re.findall(r"-ffp-contract=\w+", command)[-1:] == ["-ffp-contract=off"], file
+        assert not re.search(r"-ffast-math|-Ofast|-funsafe-math|-fassociative", command), file
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+def test_nothing_may_be_contracted_on_a_gpu(tmp_path):
+    options = (
+        f"-DCMAKE_CUDA_COMPILER={shutil.which('nvcc')}",
+        "-DCMAKE_CUDA_ARCHITECTURES=90-real",
+    )
+    found = commands(tmp_path, "-DTRT_KERNELS_WITH_CUDA=ON", *options)
+    kernels = [(file, command) for file, command in found if file.suffix == ".cu"]
+    assert {"lif.cu", "plain_lif.cu", "penalty.cu"} <= {file.name for file, _ in kernels}
+    for file, command in kernels:
+        assert re.findall(r"-fmad[= ](\w+)", command) == ["false"], file
+        assert "use_fast_math" not in command, file
 
 
 def build(tmp_path, **environment):

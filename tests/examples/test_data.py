@@ -173,6 +173,51 @@ def test_cifar(cifar):
         assert raw.min() >= 0 and raw.max() <= 1
 
 
+CIFAR_MEAN = torch.tensor([0.4914, 0.4822, 0.4465])[:, None, None]
+CIFAR_DEVIATION = torch.tensor([0.2023, 0.1994, 0.2010])[:, None, None]
+
+
+def test_cifar_is_normalised(cifar):
+    for classes in (10, 100):
+        found = data.load(f"cifar{classes}", cifar, 6)
+        for index in range(3):
+            pixels = torch.from_numpy(found.test.data[index]).permute(2, 0, 1) / 255
+            expected = (pixels - CIFAR_MEAN) / CIFAR_DEVIATION
+            torch.testing.assert_close(found.test[index][0], expected)
+
+
+def test_augmentation_of_cifar(cifar):
+    """An image whose pixels say where they are, moved, flipped and cut."""
+    augment = data.load("cifar10", cifar, 6).augment
+    row, column = (torch.arange(32.0) + 1).unsqueeze(1), torch.arange(32.0) + 1
+    image = torch.stack([row.expand(32, 32) / 32, column.expand(32, 32) / 32, torch.ones(32, 32)])
+    down, right, flips, holes = set(), {False: set(), True: set()}, 0, set()
+    for _ in range(400):
+        seen = augment(image) * CIFAR_DEVIATION + CIFAR_MEAN
+        there = seen[2] > 0.5
+        # All else is black: moved in from beyond the border, or cut out.
+        torch.testing.assert_close(seen, seen.round(decimals=5) * there, rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen[2], there.float(), rtol=0, atol=1e-5)
+        rows, columns = (seen[:2] * 32).round().int()
+        moved = {int(d) for d in (rows - row.int())[there]}
+        assert len(moved) == 1
+        down |= moved
+        straight = {int(d) for d in (columns - column.int())[there]}
+        flipped = len(straight) > 1
+        if flipped:
+            straight = {int(d) for d in (columns - column.int().flip(0))[there]}
+        assert len(straight) == 1
+        right[flipped] |= straight
+        flips += flipped
+        (d,), (r,) = moved, straight
+        inside = (32 - abs(d)) * (32 - abs(r))
+        holes.add(int(inside - there.sum()))
+    assert down == right[False] == right[True] == set(range(-4, 5))
+    assert 140 < flips < 260
+    # Cutout: less where it reaches beyond the border, or what was moved in.
+    assert min(holes) > 0 and max(holes) == 16 * 16
+
+
 def test_imagenet100(tmp_path):
     torchvision()
     image = pytest.importorskip("PIL.Image")
@@ -188,6 +233,38 @@ def test_imagenet100(tmp_path):
     image.new("RGB", (300, 260)).save(tmp_path / "val" / "n03" / "a.png")
     with pytest.raises(DataError, match="different classes"):
         data.load("imagenet100", tmp_path, 4)
+
+
+def test_images_of_imagenet100(tmp_path):
+    """Red grows from left to right, so that a cut and a flip show; green is even, blue random."""
+    torchvision()
+    pil = pytest.importorskip("PIL.Image")
+    mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 640, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.linspace(0, 255, 640).astype(np.uint8), 90
+    image = pil.fromarray(pixels)
+    for part in ("train", "val"):
+        (tmp_path / part / "n01").mkdir(parents=True)
+        image.save(tmp_path / part / "n01" / "a.png")
+    found = data.load("imagenet100", tmp_path, 4)
+
+    small = np.asarray(image.resize((320, 256), pil.Resampling.BILINEAR)) / 255
+    middle = (small[16 : 16 + 224, 48 : 48 + 224] - mean) / deviation
+    expected = torch.from_numpy(middle).permute(2, 0, 1).float()
+    torch.testing.assert_close(found.test[0][0], expected, rtol=1e-4, atol=1e-4)
+
+    flips, widths = 0, []
+    for _ in range(60):
+        x, _ = found.train[0]
+        assert x.shape == (3, 224, 224)
+        torch.testing.assert_close(
+            x[1], torch.full((224, 224), (90 / 255 - mean[1]) / deviation[1])
+        )
+        red = x[0].mean(0) * deviation[0] + mean[0]
+        flips += bool(red[-1] < red[0])
+        widths.append(float((red[-1] - red[0]).abs()))
+    assert 15 < flips < 45
+    assert min(widths) < 0.6 and max(widths) - min(widths) > 0.2
 
 
 def bin_of(events):
@@ -238,6 +315,18 @@ def test_n_caltech101(tmp_path):
     assert not torch.equal(again.train[index][0], x)
     x, _ = Augmented(found.train, found.augment, 0)[0]
     assert x.shape == (2, 2, 48, 48)
+    # Rotated and sheared, a frame has empty corners; an upright square is cut from anywhere.
+    middles = corners = 0
+    for _ in range(100):
+        empty = found.augment(torch.ones(1, 1, 48, 48))[0, 0] == 0
+        middles += bool(empty[17:31, 17:31].any())
+        corners += bool(empty[0, [0, -1]].any() and empty[-1, [0, -1]].any())
+    assert 20 < middles < 100 and corners > 50
+    ramp = torch.arange(1.0, 49).expand(1, 1, 48, 48)
+    flips = sum(
+        bool((m := found.augment(ramp))[..., :24].sum() > m[..., 24:].sum()) for _ in "." * 99
+    )
+    assert 25 < flips < 75
 
 
 def test_dvs_cifar10(tmp_path, monkeypatch):
@@ -268,6 +357,17 @@ def test_dvs_cifar10(tmp_path, monkeypatch):
     assert sum(not torch.equal(m, x) for m in moved) >= 6
     assert abs(x[0, 1].argmax() % 48 - 100 * 48 / 128) <= 1  # x is the column
     assert abs(x[0, 1].argmax() // 48 - 3 * 48 / 128) <= 1
+    # Flipped, and moved by up to five pixels; all frames alike.
+    x = torch.zeros(2, 2, 48, 48)
+    x[..., 20, 10] = 1
+    rows, columns = set(), set()
+    for _ in range(1000):
+        moved = found.augment(x)
+        assert (moved == moved[0, 0]).all() and moved.sum() == 4
+        row, column = moved[0, 0].nonzero()[0].tolist()
+        rows.add(row)
+        columns.add(column)
+    assert rows == {*range(15, 26)} and columns == {*range(5, 16), *range(32, 43)}
 
 
 @pytest.mark.parametrize(

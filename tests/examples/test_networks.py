@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 import trt_kernels as tk
-from examples.networks import NETWORKS, VGGSNN, ResNet19, SEWResNet34, SmallNet, SpikingNet
+from examples.networks import (
+    NETWORKS,
+    VGGSNN,
+    ResNet19,
+    SEWResNet34,
+    SmallNet,
+    SpikingNet,
+    convolution,
+)
 from tests import official
 
 
@@ -44,6 +52,17 @@ def test_published_neurons():
             assert options["reset"] == "hard" and options["v_reset"] == 0.0
             assert options["surrogate"] == tk.Triangle(1.0)
             assert not options.get("detach_reset", False)
+
+
+def test_convolutions_begin_by_fan_out():
+    """A variance of 2 over what a weight's input reaches: outputs times the kernel's area."""
+    for inputs, outputs, kernel in ((8, 256, 3), (300, 40, 3), (64, 512, 1)):
+        weight = convolution(inputs, outputs, kernel).weight.detach()
+        assert weight.mean() == pytest.approx(0, abs=0.003)
+        assert weight.std() == pytest.approx((2 / (outputs * kernel**2)) ** 0.5, rel=0.05)
+    layers = [m.weight.detach() for m in ResNet19().modules() if isinstance(m, nn.Conv2d)]
+    for weight in layers:
+        assert weight.std() == pytest.approx((2 / weight[:, 0].numel()) ** 0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -190,6 +190,65 @@ def test_evaluation_uses_the_running_statistics():
     assert accuracy == pytest.approx(100 * float((logits.argmax(1) == batch[1]).double().mean()))
 
 
+def test_every_epoch_trains_in_training_mode(run, monkeypatch):
+    """And is followed by a test in evaluation mode."""
+    modes, make_loss = [], train.make_loss
+
+    def watched(args, model):
+        loss_of = make_loss(args, model)
+        model.register_forward_hook(lambda *_: modes.append(model.training))
+        return loss_of
+
+    monkeypatch.setattr(train, "make_loss", watched)
+    run(*TINY, "--epochs", "2")
+    tests = -(-450 // 32)
+    assert modes == [*[True] * 4, *[False] * tests] * 2
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_float16_that_overflows_lowers_the_scale(run, tmp_path, monkeypatch):
+    """By half in each of four batches, whose steps are left out."""
+    make_network, begun = train.make_network, {}
+
+    def watched(*arguments):
+        network = make_network(*arguments)
+        begun.update({name: p.detach().clone() for name, p in network.named_parameters()})
+        return network
+
+    monkeypatch.setattr(train, "make_network", watched)
+    huge = lambda logits, _: 1e35 * logits.float().sum()  # noqa: E731
+    monkeypatch.setattr(train, "make_loss", lambda *_: huge)
+    run(*TINY, "--amp", "float16", out=tmp_path)
+    content = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert content["scaler"]["scale"] == 2.0**12
+    for name, w in begun.items():
+        assert torch.equal(content["model"][name], w), name
+
+
+def test_tau_reaches_the_neurons(tmp_path):
+    digits = data.load("digits", None, 6)
+    given = ["--backend=cpu", f"--out={tmp_path}", "--network=small"]
+    for more, decay in ((["--tau=4"], 0.25), (["--data=imagenet100"], 1.0), ([], 0.5)):
+        network = train.make_network(train.parse_arguments([*given, *more]), digits)
+        neurons = [layer.neurons for layer in network.layers if hasattr(layer, "neurons")]
+        assert [n.lif_options["decay"] for n in neurons] == [decay] * 3
+
+
+def test_convolutions_are_chosen_as_in_the_official_code(run, monkeypatch):
+    """The same one in every run, as far as cudnn has it."""
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+
+    def no_epochs(*_):
+        seen.append((cudnn.benchmark, cudnn.deterministic))
+        return [{"test_accuracy": 0.0}], {}, 0.0
+
+    monkeypatch.setattr(train, "train", no_epochs)
+    run("--backend", "cpu")
+    assert seen == [(False, True)]
+
+
 def test_objectives(tmp_path):
     """Each with the settings that are its own."""
     logits, labels = torch.randn(3, 4, 5), torch.randint(5, (4,))
