@@ -101,13 +101,27 @@ def run(command: Sequence[str | Path], folder: Path, seconds: float) -> tuple[in
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=seconds)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
         said.seek(0)
         text = said.read().decode(errors="replace")
     shutil.rmtree(temporary, ignore_errors=True)
     return code, text
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Ends a command that leads a session, and everything in it."""
+    if process.poll() is None:
+        # Asked first: ninja and torchrun then end what they put into groups of their own.
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # pid (name) state parent group session ...
+            _, _, _, session, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(session) == process.pid:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+    process.wait()
 
 
 def matching(patterns: Iterable[str], ids: Iterable[str]) -> list[str]:

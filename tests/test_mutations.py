@@ -200,14 +200,28 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "there is no fault nothing" in capsys.readouterr().err
 
 
-def test_it_ends_what_it_started(tmp_path):
-    """Also what a test left running."""
-    (tmp_path / "tree").mkdir()
-    code = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid)"
-    code_of, text = mutations.run([sys.executable, "-c", code], tmp_path / "tree", 20)
-    assert code_of == 0
-    stat = Path(f"/proc/{int(text)}/stat")
+def gone(pid):
+    """Whether a process has ended; it is waited for."""
+    stat = Path(f"/proc/{pid}/stat")
     deadline = time.monotonic() + 30
-    while stat.exists() and stat.read_text().split()[2] not in "XZ":
-        assert time.monotonic() < deadline
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "XZ":
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.01)
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_it_ends_what_it_started(tmp_path):
+    """Also what a test left running, and what has a process group of its own."""
+    (tmp_path / "tree").mkdir()
+    for then in ("", "sys.stdout.flush(); time.sleep(60)"):
+        code = f"""
+import os, subprocess, sys, time
+for group in (None, os.setpgrp):
+    print(subprocess.Popen(["sleep", "60"], preexec_fn=group).pid)
+{then}
+"""
+        status, text = mutations.run([sys.executable, "-c", code], tmp_path / "tree", 5)
+        assert status == (None if then else 0)
+        assert all(map(gone, text.split())) and len(text.split()) == 2
