@@ -327,7 +327,7 @@ def try_all(
         print("without a fault: building, and running all of the tests", file=sys.stderr)
         workshop.prepare(mutations)
         results = []
-        bar = tqdm(mutations, unit="fault", disable=quiet)
+        bar = tqdm(mutations, unit="fault", disable=True if quiet else None)  # None: off a terminal
         for mutation in bar:
             bar.set_postfix_str(mutation.name)
             result = workshop.check(mutation)
