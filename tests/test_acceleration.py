@@ -76,6 +76,8 @@ NODES = (
     (neuron.LIFNode, {"v_reset": -0.2, "detach_reset": True, "store_v_seq": True}),
     (neuron.ParametricLIFNode, {"init_tau": 2.5, "surrogate_function": surrogate.ATan()}),
     (neuron.ParametricLIFNode, {"decay_input": False, "surrogate_function": surrogate.Rect(1.5)}),
+    (neuron.LIFNode, {"surrogate_function": surrogate.PiecewiseQuadratic(0.7)}),
+    (neuron.IFNode, {"surrogate_function": surrogate.PiecewiseLeakyReLU(0.6, 0.0)}),
 )
 
 

@@ -107,6 +107,30 @@ def test_segments_of_time(steps, backend):
         compare(inputs_of(shape, time_dim), time_dim=time_dim, penalty=penalty, charge="divide")
 
 
+@pytest.mark.parametrize("steps", (1, 5, 15, 16, 17, 33, 49))
+@pytest.mark.parametrize("reset", RESETS)
+def test_spikes_and_states_alone(steps, reset, backend):
+    """The kernels of a GPU that know nothing else are not those that write potentials too."""
+    for shape, time_dim, detach in (((steps, 5, 8), 0, False), ((3, steps, 9), 1, True)):
+        x, v_init = inputs_of(shape, time_dim)
+        options = {"decay": 0.9, "reset": reset, "detach_reset": detach, "time_dim": time_dim}
+        for leaves, more in (
+            ((x,), {}),
+            ((x, v_init), {"v_init": v_init}),
+            ((x, v_init), {"v_init": v_init, "return_state": True}),
+        ):
+            results, grads = [], None
+            for chosen in (backend, "reference"):
+                out = tk.lif(x, backend=chosen, **options, **more)
+                out = (out.spikes, out.state) if "return_state" in more else (out,)
+                grads = [torch.randn_like(t) for t in out] if grads is None else grads
+                results.append((out, torch.autograd.grad(out, leaves, grads)))
+            (ours, our_grads), (theirs, their_grads) = results
+            assert all(map(torch.equal, ours, theirs))
+            for a, b in zip(our_grads, their_grads, strict=True):
+                assert relative_error(a, b) < 2e-6
+
+
 def test_bits_over_1e8_neuron_steps():
     """Spikes and potentials, half of them on inputs quantised to 0.1 that meet the threshold."""
     count = 0

@@ -146,6 +146,9 @@ def test_statistics_are_the_mean_of_the_spikes(shape, time_dim, backend):
     assert torch.equal(out.spikes, tk.lif(x, time_dim=time_dim))
     (grad,) = torch.autograd.grad(out.spikes.sum(), x)
     assert torch.equal(grad, torch.autograd.grad(tk.lif(x, time_dim=time_dim).sum(), x)[0])
+    # Below a threshold of less than 0 nothing fires that is not there, in the rest of a block.
+    out = tk.lif(x, time_dim=time_dim, statistics=True, threshold=-0.5)
+    assert torch.equal(out.rate, out.spikes.double().mean(others).float())
 
 
 def test_statistics_of_nothing(backend):

@@ -102,12 +102,15 @@ def test_opcheck_loss(backend):
     for options, target in (
         (LOSS, torch.tensor([0, 3, 2])),
         (LOSS._replace(time_dim=1, constant=1.0), torch.rand(5, 4)),
+        (LOSS._replace(constant=2.0), torch.tensor([0, 3, 2])),
     ):
         options = options._replace(backend=backend)
         logits, class_weight = torch.randn(5, 3, 4), torch.rand(4)
         if options.time_dim:
             class_weight = None
             logits = logits.mT.contiguous().mT  # classes are not neighbours
+        elif options.constant:
+            logits = torch.randn(3, 5, 4).transpose(0, 1)  # the gradient keeps this order
         tensors = (logits, target, class_weight)
         opcheck(registered.temporal_loss_forward, (*tensors, *options), test_utils=CHECKS)
         _, normalizer, divisors = registered.temporal_loss_forward(*tensors, *options)

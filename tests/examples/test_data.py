@@ -84,6 +84,8 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
     assert samples(training(workers=2).epoch(1)) == first
     assert samples(training().epoch(2)) != first
     assert samples(training(seed=1).epoch(1)) != first
+    order = [[int(i) for i, _ in samples(training().epoch(n))] for n in (1, 2)]
+    assert order[0] != order[1]
     # The same sample draws anew in every epoch.
     assert dict(samples(training().epoch(2))) != dict(first)
 

@@ -190,6 +190,15 @@ def test_evaluation_uses_the_running_statistics():
     assert accuracy == pytest.approx(100 * float((logits.argmax(1) == batch[1]).double().mean()))
 
 
+def test_the_answer_is_that_of_the_mean_over_time():
+    """Of three samples one whose steps agree, and two whose mean is another class than the last."""
+    logits = torch.tensor(
+        [[[3.0, 0, 0], [9, 0, 0], [0, 5, 0]], [[2.0, 0, 0], [0, 1, 0], [0, 0, 4]]]
+    )
+    assert train.count_correct(logits, torch.tensor([0, 0, 1])) == 3
+    assert train.count_correct(logits, torch.tensor([0, 1, 2])) == 1
+
+
 def test_every_epoch_trains_in_training_mode(run, monkeypatch):
     """And is followed by a test in evaluation mode."""
     modes, make_loss = [], train.make_loss
