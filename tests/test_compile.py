@@ -473,22 +473,34 @@ def test_operators_refuse_a_second_derivative(index):
         torch.autograd.grad(value.sum(), leaves, create_graph=True, allow_unused=True)
 
 
-@pytest.mark.parametrize(
-    "function",
-    (
-        lambda x: tk.lif(x).sum(),
-        lambda x: tk.trt_penalty([x], steps=T, **TRT),
-        lambda x: tk.temporal_loss(x, torch.arange(5)),
-    ),
-    ids=("lif", "trt_penalty", "temporal_loss"),
-)
-def test_func_grad_is_refused_as_in_eager(function):
+@pytest.mark.parametrize("name", ("lif", "trt_penalty", "temporal_loss"))
+def test_transforms_that_differentiate_are_refused_inside(name):
     """It was a gradient of 0 inside torch.compile."""
+    function = {
+        "lif": lambda x: tk.lif(x).sum(),
+        "trt_penalty": lambda x: tk.trt_penalty([x], steps=T, **TRT),
+        "temporal_loss": lambda x: tk.temporal_loss(x, torch.arange(5)),
+    }[name]
     x = torch.randn(T, 5, 6)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(function)(x)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        one_graph(lambda x: torch.func.grad(function)(x))[0](x)
+
+    def in_forward_mode(x):
+        with torch.autograd.forward_ad.dual_level():
+            return function(torch.autograd.forward_ad.make_dual(x, x))
+
+    for transformed, message in (
+        (torch.func.grad(function), "does not differentiate"),
+        (lambda x: torch.func.jvp(function, (x,), (x,)), "forward mode"),
+        (in_forward_mode, "forward mode"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}.*{message}"):
+            one_graph(transformed)[0](x)
+        torch._dynamo.reset()
+    if name == "trt_penalty":
+        with pytest.raises(RuntimeError, match=r"trt_penalty_forward\. We could not generate"):
+            one_graph(torch.vmap(function))[0](x.unsqueeze(0))
+        return
+    compiled = one_graph(torch.vmap(function))[0](x.unsqueeze(0))
+    assert torch.equal(compiled, torch.vmap(function)(x.unsqueeze(0)))
 
 
 # --- torch.export

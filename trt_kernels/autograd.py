@@ -4,16 +4,24 @@ At the end the registered operators get the same gradients, for whoever meets th
 Functions: the graph of an exported program, torch.func inside torch.compile.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.utils._pytree import tree_leaves
 
 from . import ops
 from .backends import layout
 from .backends.native import PlainLIF
-from .checks import single_backward
+from .checks import (
+    no_forward_mode,
+    refuse_forward_mode,
+    refuse_second,
+    single_backward,
+    transforming,
+)
 from .options import (
     LIFGradients,
     LIFGrads,
@@ -26,6 +34,7 @@ from .options import (
 from .typed import Function
 
 
+@no_forward_mode("lif")
 class LIFFunction(Function):
     """Keeps x (and the small tensors that were given) and computes the potentials again; on a GPU,
     of a long sequence, from a potential kept every 16 steps. With `options.bits` of 2 it keeps two
@@ -78,8 +87,11 @@ class LIFFunction(Function):
         return x, None, *given, None
 
 
-def _lif_gradients(ctx: Any, needs_x: bool, needs: LIFTensors, grads: LIFGrads) -> tuple[Any, ...]:
-    """The gradients of x and of every one of the `LIFTensors`, where they are needed."""
+def _lif_gradients(
+    ctx: Any, needs_x: bool, needs: LIFTensors, grads: LIFGrads, run: Any = None
+) -> tuple[Any, ...]:
+    """The gradients of x and of every one of the `LIFTensors`, where they are needed; by the
+    operator `run` where it is given."""
     options = ctx.options
     x, *saved = ctx.saved_tensors
     tensors, checkpoints, bits = LIFTensors(), None, None
@@ -91,7 +103,7 @@ def _lif_gradients(ctx: Any, needs_x: bool, needs: LIFTensors, grads: LIFGrads) 
     affine = bool(needs.norm_weight or needs.norm_bias)
     wanted = LIFWanted(needs_x, bool(needs.v_init), bool(needs.neuron), affine, bool(needs.gains))
     if ctx.group is None or not options.batch:
-        results = ops.lif_backward(x, tensors, checkpoints, bits, None, grads, wanted, options)
+        results = ops.lif_backward(x, tensors, checkpoints, bits, None, grads, wanted, options, run)
     else:
         results = _backward_over_group(ctx.group, x, tensors, checkpoints, grads, wanted, options)
     if results.v_init is results.neuron is results.affine is results.gains is None:
@@ -160,6 +172,7 @@ def _backward_over_group(
     return sums._replace(x=written.x)
 
 
+@no_forward_mode("lif")
 class LIFSpikes(Function):
     """`LIFFunction` of a plain contiguous tensor into spikes alone, by the short way."""
 
@@ -189,6 +202,7 @@ class LIFSpikes(Function):
         return results.x, None
 
 
+@no_forward_mode("lif")
 class LIFCarried(Function):
     """`LIFSpikes` from a state, and into those of state and potential that the options return."""
 
@@ -232,6 +246,7 @@ class LIFCarried(Function):
         return grad_x, results.v_init, None
 
 
+@no_forward_mode("trt_penalty")
 class TRTPenaltyFunction(Function):
     """Keeps the parameters alone."""
 
@@ -250,6 +265,7 @@ class TRTPenaltyFunction(Function):
         return None, *(next(grads) if need else None for need in needed)
 
 
+@no_forward_mode("temporal_loss")
 class TemporalLossFunction(Function):
     """Keeps the logits and a number a row."""
 
@@ -273,7 +289,7 @@ class TemporalLossFunction(Function):
 
 
 # --- The operators without these Functions.
-def _keep_lif(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+def keep_lif(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     """As `LIFFunction.forward` keeps it."""
     x, *rest = inputs
     count = len(LIFTensors._fields)
@@ -293,6 +309,11 @@ def _keep_lif(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None
 def _lif_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         single_backward("lif")
+    return lif_backward(ctx, grads)
+
+
+def lif_backward(ctx: Any, grads: Sequence[Tensor | None], run: Any = None) -> tuple[Any, ...]:
+    """The gradients of the operator's arguments; by the operator `run` where it is given."""
     spikes, state, potential, penalty, *_ = grads
     options = ctx.options
     arrived = LIFGrads(
@@ -302,7 +323,7 @@ def _lif_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         penalty if options.phi else None,
     )
     needs_x, *needs = ctx.needs_input_grad[: 1 + len(LIFTensors._fields)]
-    gradients = _lif_gradients(ctx, needs_x, LIFTensors(*needs), arrived)
+    gradients = _lif_gradients(ctx, needs_x, LIFTensors(*needs), arrived, run)
     return *gradients, None, *(None for _ in options)
 
 
@@ -318,7 +339,7 @@ def _penalty_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grads, *(None for _ in ctx.options)
 
 
-def _keep_loss(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+def keep_loss(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     logits, target, class_weight, *options = inputs
     _, normalizer, divisors = output
     ctx.mark_non_differentiable(normalizer, divisors)
@@ -336,21 +357,37 @@ def _loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return result, None, None, *(None for _ in ctx.options)
 
 
-def _refuse(function: str) -> Callable[..., Any]:
-    def backward(*_: Any) -> Any:
-        raise RuntimeError(f"{function} cannot be differentiated twice")
+def _register(name: str, backward: Any, keep: Any) -> None:
+    """`torch.library.register_autograd` that refuses what it would take for no derivative."""
+    operator = getattr(torch.ops.trt_kernels, name).default
+    kernel = make_autograd_impl(operator, Info(backward, keep))
+    function = next(
+        (f for f in ("trt_penalty", "temporal_loss", "lif") if f in name), "batch_norm_lif"
+    )
 
-    return backward
+    def run(keyset: Any, *args: Any) -> Any:
+        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        if any(torch._VF._unpack_dual(t, level=0)[1] is not None for t in tensors):
+            refuse_forward_mode(function)
+        if transforming() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError(
+                f"{function}: torch.func does not differentiate the registered operator, which "
+                "torch.compile and torch.export take: do not compile the transform, or take "
+                "torch.autograd inside"
+            )
+        return kernel(keyset, *args)
+
+    ops.library.impl(name, run, "Autograd", with_keyset=True)
 
 
 for _name, _backward, _keep in (
-    ("lif_forward", _lif_backward, _keep_lif),
+    ("lif_forward", _lif_backward, keep_lif),
     ("trt_penalty_forward", _penalty_backward, _keep_penalty),
-    ("temporal_loss_forward", _loss_backward, _keep_loss),
+    ("temporal_loss_forward", _loss_backward, keep_loss),
     # The backward pass of `lif` has the gradient through the statistics of its x.
     ("batch_statistics", lambda *_: (None,) * 5, None),
-    ("lif_backward", _refuse("lif"), None),
-    ("trt_penalty_backward", _refuse("trt_penalty"), None),
-    ("temporal_loss_backward", _refuse("temporal_loss"), None),
+    ("lif_backward", lambda *_: refuse_second("lif"), None),
+    ("trt_penalty_backward", lambda *_: refuse_second("trt_penalty"), None),
+    ("temporal_loss_backward", lambda *_: refuse_second("temporal_loss"), None),
 ):
-    torch.library.register_autograd(f"trt_kernels::{_name}", _backward, setup_context=_keep)
+    _register(_name, _backward, _keep)

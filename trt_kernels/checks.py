@@ -1,6 +1,7 @@
 """Checks that public functions share: each names the argument, what it got, what it needs."""
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+# Whether a transform of torch.func runs (grad, vjp, vmap, ...): then tensors may have no memory.
+transforming = torch._C._are_functorch_transforms_active
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -148,12 +151,36 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def refuse_forward_mode(function: str) -> Any:
+    raise RuntimeError(
+        f"{function} has no derivative in forward mode (torch.autograd.forward_ad, torch.func.jvp, "
+        "jacfwd, hessian): take reverse mode, torch.autograd.grad or torch.func.vjp and jacrev"
+    )
+
+
+def no_forward_mode(function: str) -> Callable[[Any], Any]:
+    """Makes an autograd Function refuse forward mode by name.
+
+    Not by a `jvp` of its own: torch.compile traces no Function that has one.
+    """
+
+    def decorated(kind: Any) -> Any:
+        kind._backward_cls.apply_jvp = lambda *_: refuse_forward_mode(function)
+        return kind
+
+    return decorated
+
+
 def single_backward(function: str) -> None:
     """Refuses a backward pass that is itself recorded (create_graph=True).
 
     Without this, gradients of gradients would lack the path through the saved input in silence.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{function} cannot be differentiated twice: call backward without create_graph=True"
-        )
+        refuse_second(function)
+
+
+def refuse_second(function: str) -> Any:
+    raise RuntimeError(
+        f"{function} cannot be differentiated twice: call backward without create_graph=True"
+    )

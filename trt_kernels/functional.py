@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops, packing, sharding
+from . import transforms as _transforms  # noqa: F401  it gives ops.py what torch.func transforms
 from .autograd import LIFCarried, LIFFunction, LIFSpikes, TemporalLossFunction, TRTPenaltyFunction
 from .backends import reference
 from .backends.native import PlainLIF
@@ -203,11 +204,11 @@ def lif(
     options, short = _options(x, penalty, backend, settings, learned)
     if v_init is not None:
         v_init = _initial(v_init, x, options)
-    if short is not None and x.is_contiguous() and ops.is_plain(x):
+    if short is not None and x.is_contiguous() and ops.holds_values(x):
         alone = not (return_state or return_potential)
         if v_init is None and alone:
             return LIFSpikes.apply(x, short)
-        if v_init is None or (v_init.is_contiguous() and ops.is_plain(v_init)):
+        if v_init is None or (v_init.is_contiguous() and ops.holds_values(v_init)):
             spikes, *extras = LIFCarried.apply(x, v_init, short)
             if alone:
                 return spikes
@@ -291,7 +292,13 @@ def _lif(
         or penalty is not None
     )
     if options.backend == "reference":
-        spikes, state, potential, value, rate, *_ = reference.lif(x, tensors, options, surrogate)
+        try:
+            results = reference.lif(x, tensors, options, surrogate)
+        except NotImplementedError as error:
+            if "jvp" not in str(error):
+                raise
+            checks.refuse_forward_mode("lif")
+        spikes, state, potential, value, rate, *_ = results
         if plain:
             return spikes
         return LIFOutput(
@@ -301,6 +308,8 @@ def _lif(
             potential if options.return_potential else None,
             rate if options.statistics else None,
         )
+    if checks.transforming():
+        return _transformed(x, tensors, options, plain)
     if any(t is not None for t in tensors):
         result = LIFFunction.apply(x, options, *tensors, group)
     else:
@@ -315,6 +324,13 @@ def _lif(
     rate = next(arriving) if options.statistics else None
     if options.bits:
         packing.remember(spikes, next(arriving)[0], options.time_dim)
+    return spikes if plain else LIFOutput(spikes, state, value, potential, rate)
+
+
+def _transformed(x: Tensor, tensors: LIFTensors, options: LIFOptions, plain: bool) -> Any:
+    """`lif` under a transform of torch.func, where bits are not kept: they would have no sample."""
+    options = options._replace(bits=0)
+    spikes, state, potential, value, rate, *_ = ops.lif_forward(x, tensors, True, options)
     return spikes if plain else LIFOutput(spikes, state, value, potential, rate)
 
 
@@ -520,9 +536,8 @@ def batch_norm_lif(
         stats = _batch_stats(x, channel_dim, eps, max(1, options.steps), options.backend, group)
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
-                for running, new in ((running_mean, stats[0]), (running_var, stats[3])):
-                    share = momentum.to(running) if isinstance(momentum, Tensor) else momentum
-                    running.lerp_(new.to(running.dtype), share)
+                _update_running(running_mean, stats[0], momentum)
+                _update_running(running_var, stats[3], momentum)
     else:
         group = None
         if running_mean is None or running_var is None:
@@ -532,6 +547,21 @@ def batch_norm_lif(
     v_init = None if given["v_init"] is None else _initial(given["v_init"], x, options)
     tensors = LIFTensors(v_init, None, neuron, stats, weight, bias, gains)
     return _lif(x, tensors, penalty, options, given["surrogate"], group)
+
+
+def _update_running(running: Tensor, new: Tensor, momentum: Any) -> None:
+    share = momentum.to(running) if isinstance(momentum, Tensor) else momentum
+    new = new.to(running.dtype)
+    if not checks.transforming():
+        running.lerp_(new, share)
+        return
+    try:
+        running.add_((new - running) * share)  # vmap has no lerp
+    except RuntimeError as error:
+        raise RuntimeError(
+            "running_mean, running_var: batch_norm_lif cannot update them in place under this "
+            "transform of torch.func: give None, or pass them through the transformed function"
+        ) from error
 
 
 def _batch_stats(
@@ -628,6 +658,8 @@ def trt_penalty(
 def _penalty(params: list[Tensor], options: PenaltyOptions) -> Tensor:
     if options.backend == "reference":
         return reference.trt_penalty(params, options)
+    if checks.transforming():
+        return ops.trt_penalty_forward(params, options)
     value: Tensor = TRTPenaltyFunction.apply(options, *params)
     return value
 
@@ -669,9 +701,16 @@ def trt_penalty_(
     Args, Raises: as `trt_penalty`; scale: a finite float; ValueError too for a parameter that is no
     leaf, and for a DTensor's `.grad` that is not placed as the parameter is.
     """
+    if checks.transforming():
+        raise RuntimeError(
+            "trt_penalty_: writes into .grad, which nothing has under a transform of torch.func: "
+            "differentiate trt_penalty instead"
+        )
     scale = checks.finite("scale", scale)
     tensors, options = _penalty_arguments(params, steps, weight, delta, eps, backend)
     for index, p in enumerate(tensors):
+        if torch.autograd.forward_ad.unpack_dual(p).tangent is not None:
+            checks.refuse_forward_mode("trt_penalty_")
         if p.requires_grad and not p.is_leaf:
             raise ValueError(f"params[{index}]: not a leaf of the graph, so nobody reads its .grad")
         if p.grad is not None:
@@ -831,7 +870,7 @@ def mixed_loss(
         ignore_index=ignore_index,
         backend=choose_backend("temporal_loss", backend, logits.device),
     )
-    looks = check or logits.device.type == "cpu"
+    looks = check or (logits.device.type == "cpu" and not checks.transforming())
     if looks and not target.is_floating_point() and not torch.compiler.is_compiling():
         wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
         if bool(wrong.any()):
@@ -843,5 +882,7 @@ def mixed_loss(
         class_weight = class_weight.to(checks.state_dtype(logits.dtype))
     if options.backend == "reference":
         return reference.temporal_loss(logits, target, class_weight, options)
+    if checks.transforming():
+        return ops.temporal_loss_forward(logits, target, class_weight, options)[0]
     value: Tensor = TemporalLossFunction.apply(logits, target, class_weight, options)
     return value

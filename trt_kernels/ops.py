@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import layout, native
-from .checks import choice, state_dtype
+from .checks import choice, state_dtype, transforming
 from .options import (
     LIFGradients,
     LIFGrads,
@@ -92,15 +92,27 @@ def kernels(backend: str) -> ModuleType:
     return native if backend != "triton" else import_module("trt_kernels.backends.triton.operators")
 
 
+# Bound here: these checks are a good part of a small call.
+_modes, _has_storage = torch._C._len_torch_dispatch_stack, torch._C._has_storage
+_Parameter = torch.nn.Parameter
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """True for ordinary tensors, whose memory holds their values, in ordinary eager execution."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    return not torch.compiler.is_compiling() and holds_values(*tensors)
+
+
+def holds_values(*tensors: Tensor | None) -> bool:
+    """`is_plain` where nothing compiles."""
+    if _modes() or transforming():
         return False
     for t in tensors:
         if t is None:
             continue
-        ordinary = t.__class__ is Tensor or t.__class__ is torch.nn.Parameter
-        if not ordinary or t.is_neg() or t._is_zerotensor():
+        kind = t.__class__
+        ordinary = kind is Tensor or kind is _Parameter
+        # Without a storage are those that torch batches itself, such as by is_grads_batched.
+        if not ordinary or t.is_neg() or t._is_zerotensor() or not _has_storage(t):
             return False
     return True
 
@@ -139,19 +151,28 @@ _SCHEMAS = {
     f"Tensor normalizer, Tensor? divisors, {_LOSS}) -> Tensor",
 }
 
-_library = torch.library.Library("trt_kernels", "DEF")
+library = torch.library.Library("trt_kernels", "DEF")
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
 _registered = torch.ops.trt_kernels
+# Those that run while a transform of torch.func does, by name; transforms.py puts them here.
+under_transforms: dict[str, Any] = {}
+
+
+def _operator(name: str) -> Any:
+    """What runs where tensors are not plain."""
+    if transforming() and not torch.compiler.is_compiling():
+        return under_transforms[name]
+    return getattr(_registered, name)
 
 
 def _register(name: str, run: Any, fake: Any) -> None:
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
-    torch.library.register_fake(f"trt_kernels::{name}", fake, lib=_library)
+        library.impl(name, run, key)
+    torch.library.register_fake(f"trt_kernels::{name}", fake, lib=library)
 
 
-def _or_empty(x: Tensor, *values: Tensor | None) -> tuple[Tensor, ...]:
+def or_empty(x: Tensor, *values: Tensor | None) -> tuple[Tensor, ...]:
     """An op returns a tensor for everything; an empty one stands for None."""
     return tuple(
         x.new_empty(0, dtype=state_dtype(x.dtype)) if value is None else value for value in values
@@ -168,7 +189,8 @@ def lif_forward(
             x, tensors, for_backward, options
         )
         return results
-    spikes, *extras = _registered.lif_forward(x, *tensors, for_backward, *options)
+    run = _operator("lif_forward")
+    spikes, *extras = run(x, *tensors, for_backward, *options)
     asked = (
         options.return_state,
         options.return_potential,
@@ -198,13 +220,13 @@ def _run_lif_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, for_backward = LIFTensors(*arguments[:_TENSORS]), arguments[_TENSORS]
     options = LIFOptions(*arguments[_TENSORS + 1 :])
     results = kernels(options.backend).lif_forward(x, tensors, for_backward, options)
-    return _or_empty(x, *results)
+    return or_empty(x, *results)
 
 
 def _fake_lif_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, for_backward = LIFTensors(*arguments[:_TENSORS]), arguments[_TENSORS]
     options = LIFOptions(*arguments[_TENSORS + 1 :])
-    return _or_empty(x, *layout.lif_forward_tensors(x, tensors, options, for_backward)[2])
+    return or_empty(x, *layout.lif_forward_tensors(x, tensors, options, for_backward)[2])
 
 
 def lif_backward(
@@ -216,25 +238,25 @@ def lif_backward(
     grads: LIFGrads,
     wanted: LIFWanted,
     options: LIFOptions,
+    run: Any = None,
 ) -> LIFGradients:
-    """The wanted gradients from those of the results.
+    """The wanted gradients from those of the results; by the operator `run` where it is given.
 
     Where the potentials come from `bits`, `x` is anything of its shape and order in memory. Where
     mean and deviation are x's own (`options.batch`), the gradient of x needs the `affine` sums over
     their number, `means` [2, C]: of these x where they are not given.
     """
-    if is_plain(x, *tensors, *grads, means):
+    if run is None and is_plain(x, *tensors, *grads, means):
         gradients: LIFGradients = kernels(options.backend).lif_backward(
             x, tensors, checkpoints, bits, means, grads, wanted, options
         )
         return gradients
-    results = _registered.lif_backward(
-        x, *tensors, checkpoints, bits, means, *grads, *wanted, *options
-    )
+    run = _operator("lif_backward") if run is None else run
+    results = run(x, *tensors, checkpoints, bits, means, *grads, *wanted, *options)
     return LIFGradients(*(r if w else None for w, r in zip(wanted, results, strict=True)))
 
 
-def _lif_backward_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
+def lif_backward_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
     rest = iter(arguments)
 
     def take(kind: Any) -> Any:
@@ -246,14 +268,14 @@ def _lif_backward_arguments(arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _run_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    rest = _lif_backward_arguments(arguments)
-    return _or_empty(x, *kernels(rest[-1].backend).lif_backward(x, *rest))
+    rest = lif_backward_arguments(arguments)
+    return or_empty(x, *kernels(rest[-1].backend).lif_backward(x, *rest))
 
 
 def _fake_lif_backward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tensors, checkpoints, _, _, grads, wanted, options = _lif_backward_arguments(arguments)
+    tensors, checkpoints, _, _, grads, wanted, options = lif_backward_arguments(arguments)
     ready = layout.lif_backward_tensors(x, tensors, checkpoints, grads, wanted, options)
-    return _or_empty(x, *ready[-1])
+    return or_empty(x, *ready[-1])
 
 
 _register("lif_forward", _run_lif_forward, _fake_lif_forward)
@@ -266,7 +288,7 @@ def batch_statistics(x: Tensor, channel_dim: int, eps: float, repeat: int, backe
     if is_plain(x):
         stats: Tensor = kernels(backend).batch_statistics(x, channel_dim, eps, repeat, backend)
     else:
-        stats = _registered.batch_statistics(x, channel_dim, eps, repeat, backend)
+        stats = _operator("batch_statistics")(x, channel_dim, eps, repeat, backend)
     return stats
 
 
@@ -283,7 +305,7 @@ def trt_penalty_forward(params: Sequence[Tensor], options: PenaltyOptions) -> Te
     if is_plain(*params):
         value: Tensor = kernels(options.backend).trt_penalty_forward(params, options)
     else:
-        value = _registered.trt_penalty_forward(params, *options)
+        value = _operator("trt_penalty_forward")(params, *options)
     return value
 
 
@@ -294,7 +316,7 @@ def trt_penalty_backward(
     if is_plain(grad, *params):
         grads: list[Tensor] = kernels(options.backend).trt_penalty_backward(grad, params, options)
     else:
-        grads = _registered.trt_penalty_backward(grad, params, *options)
+        grads = _operator("trt_penalty_backward")(grad, params, *options)
     return grads
 
 
@@ -353,7 +375,7 @@ def temporal_loss_forward(
         outputs: tuple[Tensor, Tensor, Tensor | None]
         outputs = kernels(options.backend).temporal_loss_forward(*tensors, options)
         return outputs
-    value, normalizer, divisors = _registered.temporal_loss_forward(*tensors, *options)
+    value, normalizer, divisors = _operator("temporal_loss_forward")(*tensors, *options)
     return value, normalizer, divisors if divisors.numel() else None
 
 
@@ -371,7 +393,7 @@ def temporal_loss_backward(
     if is_plain(*tensors):
         result: Tensor = kernels(options.backend).temporal_loss_backward(*tensors, options)
     else:
-        result = _registered.temporal_loss_backward(*tensors, *options)
+        result = _operator("temporal_loss_backward")(*tensors, *options)
     return result
 
 
@@ -382,7 +404,7 @@ def _run_temporal_loss_forward(
     value, *kept = kernels(chosen.backend).temporal_loss_forward(
         logits, target, class_weight, chosen
     )
-    return (value, *_or_empty(logits, *kept))
+    return (value, *or_empty(logits, *kept))
 
 
 def _fake_temporal_loss_forward(

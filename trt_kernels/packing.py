@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 from . import ops
 from .backends import reference
 from .backends.layout import fold, is_dense
-from .checks import FLOATS
+from .checks import FLOATS, transforming
 
 # Elements below which bits save less than what is kept beside them costs.
 LEAST_ELEMENTS = 256
@@ -253,7 +253,9 @@ def pack_saved_spikes() -> Iterator[PackingReport]:
 
 def active() -> bool:
     """True where the kernels of `lif` are to write their spikes as bits too."""
-    return not torch.compiler.is_compiling() and _local.context is not None
+    if torch.compiler.is_compiling() or _local.context is None:
+        return False
+    return not transforming()  # vmap has no bits of a sample
 
 
 def remember(spikes: Tensor, bits: Tensor, time_dim: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 from torch.nn import Parameter
 
 from .backends.layout import sum_dtype
+from .checks import no_forward_mode
 from .typed import Function
 
 
@@ -79,6 +80,7 @@ def _sharding_groups(parameter: Any) -> tuple[Any, ...]:
     )
 
 
+@no_forward_mode("trt_penalty")
 class SumOverGroups(Function):
     """The sum of scalars, each summed over its own process groups: one all-reduce a group.
 

@@ -4,58 +4,94 @@ The order of operations is the contract that every kernel keeps: it decides whic
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...checks import single_backward, state_dtype
+from ...checks import no_forward_mode, refuse_second, state_dtype, transforming
 from ...options import CHARGES, LIFOptions, LIFResults, LIFTensors
 from ...typed import Function
 from .. import layout
 
 
+@no_forward_mode("lif")
+class Once(Function):
+    """Passes gradients on that cannot be differentiated themselves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        refuse_second("lif")
+
+
+def once(*grads: Tensor | None) -> Iterator[Tensor | None]:
+    """The gradients of a backward pass, not to be differentiated where that is recorded."""
+    given = [grad for grad in grads if grad is not None]
+    passed = iter(Once.apply(*given) if torch.is_grad_enabled() else given)
+    return (None if grad is None else next(passed) for grad in grads)
+
+
+@no_forward_mode("lif")
 class Fire(Function):
     """s = 1 where h passes the threshold; its gradient is the surrogate's."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
-        h: Tensor,
-        threshold: Tensor | float,
-        at: bool,
-        surrogate: Callable[[Tensor], Tensor],
+        h: Tensor, threshold: Tensor | float, at: bool, surrogate: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ctx.save_for_backward(h, threshold if isinstance(threshold, Tensor) else None)
-        ctx.threshold, ctx.surrogate = threshold, surrogate
         return (h >= threshold if at else h > threshold).to(h.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        single_backward("lif")
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        h, threshold, _, ctx.surrogate = inputs
+        learned = isinstance(threshold, Tensor)
+        ctx.threshold = None if learned else threshold
+        ctx.save_for_backward(h, threshold if learned else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, threshold = ctx.saved_tensors
         slope = grad * ctx.surrogate(h - (ctx.threshold if threshold is None else threshold))
         down = None if threshold is None else -slope.sum_to_size(threshold.shape)
-        return slope, down, None, None
+        return *once(slope, down), None, None
 
 
+@no_forward_mode("lif")
 class HardReset(Function):
     """v = v_reset where it spiked, else h: a select, with the gradient of h(1-s) + v_reset·s."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, h: Tensor, s: Tensor, v_reset: Tensor | float) -> Tensor:
-        ctx.save_for_backward(h, s, v_reset if isinstance(v_reset, Tensor) else None)
-        ctx.v_reset = v_reset
+    def forward(h: Tensor, s: Tensor, v_reset: Tensor | float) -> Tensor:
         return torch.where(s.bool(), v_reset, h)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        single_backward("lif")
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        h, s, v_reset = inputs
+        learned = isinstance(v_reset, Tensor)
+        ctx.v_reset = None if learned else v_reset
+        ctx.save_for_backward(h, s, v_reset if learned else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, s, v_reset = ctx.saved_tensors
         to_reset = None if v_reset is None else (s * grad).sum_to_size(v_reset.shape)
         through = ((ctx.v_reset if v_reset is None else v_reset) - h) * grad
-        return torch.where(s.bool(), 0, grad), through, to_reset
+        return tuple(once(torch.where(s.bool(), 0, grad), through, to_reset))
 
 
 def phi(options: LIFOptions, t: int, h: Tensor, s: Tensor) -> Tensor:
@@ -118,7 +154,9 @@ def lif(
     """Spikes, last state, potential, rate, and the regularizer's scalar if it has a weight."""
     dtype = state_dtype(x.dtype)
     time_dim, weight = options.time_dim, tensors.penalty_weight
-    if options.steps:
+    if options.steps and transforming():  # which have no order in memory
+        x = torch.stack([x] * options.steps, time_dim)
+    elif options.steps:
         in_order = layout.empty_sequence(layout.dense_input(x.detach(), options), options)
         x = in_order.copy_(torch.stack([x] * options.steps, time_dim))
     shape = x.shape[:time_dim] + x.shape[time_dim + 1 :]
@@ -199,4 +237,8 @@ def batch_statistics(
 
 def like(x: Tensor, value: Tensor) -> Tensor:
     """`value` in the memory layout of x."""
-    return value if value.stride() == x.stride() else torch.empty_like(x).copy_(value)
+    return (
+        value
+        if value.stride() == x.stride() or transforming()
+        else torch.empty_like(x).copy_(value)
+    )

@@ -39,6 +39,6 @@ def temporal_loss(
                 ignore_index=ignore_index,
             )
         if options.square_ratio:
-            square = (o - square_target)[kept] ** 2
-            loss = loss + options.square_ratio * square.mean()
+            distance = torch.where(kept.unsqueeze(-1), o - square_target, 0)
+            loss = loss + options.square_ratio * distance.square().sum() / (kept.sum() * classes)
     return loss / len(steps)
