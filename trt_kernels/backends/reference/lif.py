@@ -4,7 +4,7 @@ The order of operations is the contract that every kernel keeps: it decides whic
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,11 +35,18 @@ class Once(Function):
         refuse_second("lif")
 
 
-def once(*grads: Tensor | None) -> Iterator[Tensor | None]:
-    """The gradients of a backward pass, not to be differentiated where that is recorded."""
-    given = [grad for grad in grads if grad is not None]
-    passed = iter(Once.apply(*given) if torch.is_grad_enabled() else given)
-    return (None if grad is None else next(passed) for grad in grads)
+def once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of a backward pass; where it is recorded, to be differentiated, refused.
+
+    Transforms of torch.func always record it, so that there the second derivative is refused. The
+    ctx is not that of the Function itself there.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grads
+    if isinstance(ctx, (Fire._backward_cls, HardReset._backward_cls)):
+        refuse_second("lif")
+    given = iter(Once.apply(*(grad for grad in grads if grad is not None)))
+    return tuple(None if grad is None else next(given) for grad in grads)
 
 
 @no_forward_mode("lif")
@@ -66,7 +73,7 @@ class Fire(Function):
         h, threshold = ctx.saved_tensors
         slope = grad * ctx.surrogate(h - (ctx.threshold if threshold is None else threshold))
         down = None if threshold is None else -slope.sum_to_size(threshold.shape)
-        return *once(slope, down), None, None
+        return *once(ctx, slope, down), None, None
 
 
 @no_forward_mode("lif")
@@ -91,7 +98,7 @@ class HardReset(Function):
         h, s, v_reset = ctx.saved_tensors
         to_reset = None if v_reset is None else (s * grad).sum_to_size(v_reset.shape)
         through = ((ctx.v_reset if v_reset is None else v_reset) - h) * grad
-        return tuple(once(torch.where(s.bool(), 0, grad), through, to_reset))
+        return once(ctx, torch.where(s.bool(), 0, grad), through, to_reset)
 
 
 def phi(options: LIFOptions, t: int, h: Tensor, s: Tensor) -> Tensor:
