@@ -204,7 +204,13 @@ def lif(
     options, short = _options(x, penalty, backend, settings, learned)
     if v_init is not None:
         v_init = _initial(v_init, x, options)
-    if short is not None and x.is_contiguous() and ops.holds_values(x):
+    try:
+        straight = short is not None and x.is_contiguous()
+    except RuntimeError:  # of a nested tensor, which looks like one of a call before
+        checks.tensor("x", x)
+        raise
+    if straight and ops.holds_values(x):
+        assert short is not None
         alone = not (return_state or return_potential)
         if v_init is None and alone:
             return LIFSpikes.apply(x, short)
@@ -722,15 +728,18 @@ def trt_penalty_(
         return
     for p in tensors:
         if p.grad is None:
-            p.grad = torch.zeros_like(p)
+            with torch.inference_mode(False):  # else no backward could add to it
+                p.grad = torch.zeros_like(p)
     grads = [p.grad for p in tensors if p.grad is not None]
     if wholes := [grad for grad in grads if sharding.is_dtensor(grad)]:
         tensors, grads = (list(map(sharding.local, several)) for several in (tensors, grads))
     if options.backend != "reference":
         trt_penalty_accumulate(tensors, grads, scale, options)
     else:
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in tensors]
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [
+                (p.clone() if p.is_inference() else p.detach()).requires_grad_() for p in tensors
+            ]
             added = torch.autograd.grad(scale * reference.trt_penalty(leaves, options), leaves)
         for grad, more in zip(grads, added, strict=True):
             grad.add_(more)

@@ -15,6 +15,13 @@ from .options import LEARNABLE, LIF_SETTINGS, MembranePenalty, make_lif_options
 _MOST_DIMENSIONS = 64  # of a torch tensor
 
 
+def in_graph(state: Tensor) -> Tensor:
+    """A state that a graph may keep, also one made under inference_mode."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return state
+    return state.clone() if state.is_inference() else state
+
+
 class _Neuron(nn.Module):
     """The options of `lif` and a state between calls, for the modules below."""
 
@@ -74,7 +81,7 @@ class _Neuron(nn.Module):
             return function(*arguments, **options)
         try:
             if self.state is not None:
-                options = {**options, "v_init": self.state}
+                options = {**options, "v_init": in_graph(self.state)}
             out = function(*arguments, **{**options, "return_state": True})
         except (TypeError, ValueError) as error:
             if str(error).startswith("v_init:"):
@@ -112,10 +119,16 @@ class _Neuron(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle takes the state's value; its graph belongs to the original.
+        # A copy or a pickle takes the values of tensors; a graph belongs to the original.
         state = self.__dict__.copy()
         if isinstance(state["state"], torch.Tensor):
             state["state"] = state["state"].detach()
+        for kept in ("_buffers", "lif_options"):
+            if any(isinstance(t, Tensor) and t.grad_fn is not None for t in state[kept].values()):
+                state[kept] = {
+                    name: t.detach() if isinstance(t, Tensor) else t
+                    for name, t in state[kept].items()
+                }
         return state
 
     def extra_repr(self) -> str:

@@ -103,13 +103,6 @@ class Deferred(Served):
             )
 
 
-def in_graph(state: Tensor) -> Tensor:
-    """A state that a graph may keep, also one made under inference_mode."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return state
-    return state.clone() if state.is_inference() else state
-
-
 def uncached(function: Any) -> Any:
     """What an `lru_cache` wraps, under torch.compile, which traces no cache."""
     return function.__wrapped__ if torch.compiler.is_compiling() else function

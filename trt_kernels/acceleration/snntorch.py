@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .. import presets
 from ..checks import state_dtype
+from ..nn import in_graph
 from ..surrogates import ATan, FastSigmoid, Sigmoid, SignedStep, Surrogate
-from .served import Served, in_graph, uncached
+from .served import Served, uncached
 
 # A surrogate of snnTorch is a function made by another, of whose argument it is a closure.
 _SURROGATES: dict[str, tuple[str, Any]] = {

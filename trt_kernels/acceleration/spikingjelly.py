@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from .. import presets
 from ..checks import state_dtype
+from ..nn import in_graph
 from ..surrogates import ATan, Rectangle, Sigmoid, Surrogate, Triangle
-from .served import Served, in_graph, uncached
+from .served import Served, uncached
 
 # A surrogate as one of ours, from the parameters of the library's.
 _SURROGATES: dict[type, Any] = {
