@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import ops
 from .autograd import keep_lif, keep_loss, lif_backward
 from .checks import refuse_forward_mode, refuse_second
 from .options import LIFOptions, LIFTensors, LossOptions, PenaltyOptions
+from .typed import Function
 
 _TENSORS, _OPTIONS = len(LIFTensors._fields), len(LIFOptions._fields)
 
