@@ -684,8 +684,8 @@ PYTHON = (
     Mutation(
         "momentum",
         "trt_kernels/functional.py",
-        "running.lerp_(new.to(running.dtype), share)",
-        "running.lerp_(new.to(running.dtype), 1 - share)",
+        "running.lerp_(new, share)",
+        "running.lerp_(new, 1 - share)",
         (f"{BLOCK}test_module_follows_batch_norm2d",),
         "momentum is the share of the old",
     ),
