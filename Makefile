@@ -67,7 +67,7 @@ FUZZ ?= 25
 fuzz: install on-host
 	TRT_KERNELS_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n auto tests/test_fuzz.py tests/test_metamorphic.py
 
-# Deliberate faults, one by one in a copy of the tree: each must fail a test. Half an hour.
+# Deliberate faults, one by one in a copy of the tree: each must fail a test. Half an hour; ONLY=name for one.
 mutate: $(VENV)/requirements
 	$(BIN)/python -m tests.mutations $(if $(ONLY),--only $(ONLY))
 
