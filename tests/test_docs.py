@@ -76,6 +76,17 @@ def test_every_public_name_is_in_the_reference():
     assert sorted(entries) == sorted(names)
 
 
+def test_every_promise_has_its_test():
+    lines = (ROOT / "docs/promises.md").read_text().splitlines()
+    promises = [line for line in lines if line.startswith("| ") and line != "| promise | test |"]
+    assert len(promises) > 30
+    for line in promises:
+        tests = re.findall(r"`(\S+\.py)::(\w+)`", line)
+        assert tests or "`make test-sanitized`" in line or "`python -m tests.soak`" in line, line
+        for file, name in tests:
+            assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M), name
+
+
 def test_results_become_pages(tmp_path, monkeypatch):
     pytest.importorskip("mkdocs")
     from docs import hooks
