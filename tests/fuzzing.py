@@ -167,9 +167,11 @@ SURROGATES = st.one_of(
 )
 
 
-def neuron(drawing: Drawing, options: dict[str, Any], channels: int | None) -> None:
+def neuron(
+    drawing: Drawing, options: dict[str, Any], channels: int | None, grows: bool = True
+) -> None:
     """Options of a neuron; its parameters are floats, scalars or, where there are channels, one
-    for each."""
+    for each. Its potential may grow from step to step where it `grows`."""
     draw, grid = drawing.draw, drawing.values.grid
     options["reset"] = draw(st.sampled_from(RESETS))
     options["detach_reset"] = draw(st.booleans())
@@ -177,6 +179,8 @@ def neuron(drawing: Drawing, options: dict[str, Any], channels: int | None) -> N
     options["surrogate"] = draw(SURROGATES)
     options["fire_at_threshold"] = draw(st.booleans())
     decays = (0.5, 1.0, 0.25, 0.0, 2.0) if grid else (0.5, 0.9, 1 / 3, 1.0, 0.0, 1.1, -0.3)
+    if not grows:
+        decays = tuple(decay for decay in decays if 0 <= decay <= 1)
     if "divide" in charge:
         decays = tuple(decay for decay in decays if decay)
     thresholds = (1.0, 0.5, 0.25, 1.5, 0.0) if grid else (1.0, 0.7, 0.0, -0.2)
@@ -259,6 +263,7 @@ def batch_norm_lif_calls(draw, budget: int) -> Call:
     batch = max(1, batch) if training else batch
     rest = [max(1, size) for size in rest] if training else rest
     options: dict[str, Any] = {"time_dim": draw(st.sampled_from((0, 1))), "training": training}
+    options["eps"] = 0.1  # a channel of one number has no deviation to divide by
     if constant:
         shape, options["steps"], channel_dim = (batch, channels, *rest), steps, 1
     else:
@@ -310,7 +315,8 @@ def batch_norm_lif_calls(draw, budget: int) -> Call:
         size = (steps,) if gains == "steps" else (steps, channels)
         drawing.add("gains", torch.full(size, 0.5, dtype=state))
     options["scale"] = draw(st.sampled_from((1.0, 2.0)))
-    neuron(drawing, options, channels)
+    # The gradient of x is a difference, of numbers that would grow.
+    neuron(drawing, options, channels, grows=False)
     if draw(st.booleans()):
         time_dim = options["time_dim"]
         outside = shape if constant else (*shape[:time_dim], *shape[time_dim + 1 :])
