@@ -73,6 +73,8 @@ def _options(
         return _check_lif(x, penalty, backend, _with_floats(settings)), None
     if torch.compiler.is_compiling() or penalty is not None or not isinstance(x, Tensor):
         return _check_lif(x, penalty, backend, settings), None
+    if x.is_nested:  # else it looks like one that was checked before
+        checks.tensor("x", x)
     chosen = ops.default_backend if backend is None else backend
     # The classes too: 0.0 and False equal 0, and would pass for a checked time_dim.
     classes = tuple(map(type, settings))
@@ -204,13 +206,7 @@ def lif(
     options, short = _options(x, penalty, backend, settings, learned)
     if v_init is not None:
         v_init = _initial(v_init, x, options)
-    try:
-        straight = short is not None and x.is_contiguous()
-    except RuntimeError:  # of a nested tensor, which looks like one of a call before
-        checks.tensor("x", x)
-        raise
-    if straight and ops.holds_values(x):
-        assert short is not None
+    if short is not None and x.is_contiguous() and ops.holds_values(x):
         alone = not (return_state or return_potential)
         if v_init is None and alone:
             return LIFSpikes.apply(x, short)
