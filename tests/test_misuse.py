@@ -261,6 +261,23 @@ def test_a_state_from_inference_mode():
 
 
 @pytest.mark.parametrize("backend", ("reference", "cpu"), indirect=True)
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_a_state_under_checkpoint(reentrant, backend):
+    """The second forward pass went on from the state of the first: another gradient, in silence."""
+    x, layer = torch.randn(4, 5, 6, requires_grad=True), tk.nn.LIF(stateful=True, decay=0.9)
+
+    def fresh(x):
+        layer.reset()
+        return layer(x)
+
+    value(checkpoint(fresh, x, use_reentrant=reentrant)).backward()
+    assert torch.equal(x.grad, torch.autograd.grad(value(tk.lif(x, decay=0.9)), x)[0])
+    total = value(checkpoint(layer, x, use_reentrant=reentrant))
+    with pytest.raises(RuntimeError, match=r"state: .*checkpoint.*reset\(\)"):
+        total.backward()
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpu"), indirect=True)
 def test_penalty_in_place_under_inference_mode(backend):
     """A gradient made there could not be added to afterwards."""
     p = nn.Parameter(torch.randn(7))

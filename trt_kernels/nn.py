@@ -12,6 +12,7 @@ from .functional import LIF_DEFAULTS, batch_norm_lif, lif
 from .ops import check_backend_name
 from .options import LEARNABLE, LIF_SETTINGS, MembranePenalty, make_lif_options
 
+_in_backward = torch._C._current_graph_task_id  # -1 outside of a backward pass
 _MOST_DIMENSIONS = 64  # of a torch tensor
 
 
@@ -79,6 +80,12 @@ class _Neuron(nn.Module):
         """A call of `lif`, or of a function like it, with the state carried where asked to."""
         if not self.stateful:
             return function(*arguments, **options)
+        if self.state is not None and not torch.compiler.is_compiling() and _in_backward() != -1:
+            raise RuntimeError(
+                "state: a stateful layer was called again within a backward pass, as "
+                "torch.utils.checkpoint does, and would go on from a later state than it did: "
+                "leave it out of what is checkpointed, or call reset() at the start of that"
+            )
         try:
             if self.state is not None:
                 options = {**options, "v_init": in_graph(self.state)}
