@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp
 
 import trt_kernels as tk
@@ -161,6 +161,22 @@ def test_derivatives_of_gradients_are_refused(case, every):
         return
     with pytest.raises(RuntimeError, match=f"{name.split('_')[-1]} cannot be differentiated twice"):
         grad(lambda x: grad(function)(x).square().sum())(x)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_jacobians_and_hessians_of_autograd(case):
+    function, x = CASES[case], torch.randn(T, B, C)
+    name = case.split(",")[0].split("_")[-1]
+    expected = gradients(function, x[None])[0]
+    assert torch.equal(functional.jacobian(function, x), expected)
+    for run in (
+        lambda: functional.jacobian(function, x, create_graph=True),
+        lambda: functional.hessian(function, x),
+        lambda: functional.vhp(function, x, x),
+        lambda: torch.autograd.gradgradcheck(function, x.double().requires_grad_()),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} cannot be differentiated twice"):
+            run()
 
 
 def tangents(function, x):
