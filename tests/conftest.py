@@ -5,6 +5,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 # Several test processes share the cores: threads that wait must not spin. Read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -40,6 +41,9 @@ from trt_kernels import backends, ops  # noqa: E402
 from trt_kernels.backends import native  # noqa: E402
 
 LEVELS = native._C.cpu_levels()
+# Runs the suite as a lesser processor would.
+if os.environ.get("TRT_KERNELS_TEST_LEVEL"):
+    native._C.set_cpu_level(os.environ["TRT_KERNELS_TEST_LEVEL"])
 
 
 def pytest_collection_modifyitems(items):
@@ -91,24 +95,43 @@ def cuda_on_host():
 
 def forget_choices():
     """Clears what was remembered about backends and compiled settings."""
-    for remembered in (native.lif_handle, native.penalty_handle, ops._resolve):
-        remembered.cache_clear()
+    remembered = (native.lif_handle, native.penalty_handle, native.why_no_cuda, ops._resolve)
+    for cached in remembered:
+        cached.cache_clear()
     tk.functional._checked.clear()
 
 
+class TorchWithGPU:
+    """torch, but for the answers that it has from a driver: one GPU, the current one."""
+
+    cuda = SimpleNamespace(is_available=lambda: True, current_device=lambda: 0)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
 @pytest.fixture
-def on_host(monkeypatch):
-    """Lets the backend "cuda" serve CPU tensors, by its kernels' own source run on the host."""
+def gpu_on_host(monkeypatch):
+    """A GPU for whoever asks whether "cuda" can serve: its kernels' own source, run on the host.
+
+    Only the answers of a driver are replaced: the compiled module is a real one, which
+    torch.compile cannot trace, and the choice of a backend runs as on a GPU.
+    """
     module = cuda_on_host()
     dtypes = {dtype: getattr(module.DType, value.name) for dtype, value in native.DTYPES.items()}
     monkeypatch.setattr(native, "_C", module)
     monkeypatch.setattr(native, "DTYPES", dtypes)
-    monkeypatch.setattr(native, "why_no_cuda", lambda device=None: None)
+    monkeypatch.setattr(native, "torch", TorchWithGPU())
     monkeypatch.setattr(native, "current_stream", lambda device: 0)
-    monkeypatch.setitem(backends.SERVES, "cuda", "cpu")
     forget_choices()
     yield
     forget_choices()
+
+
+@pytest.fixture
+def on_host(gpu_on_host, monkeypatch):
+    """Lets the backend "cuda" serve CPU tensors."""
+    monkeypatch.setitem(backends.SERVES, "cuda", "cpu")
 
 
 def serve(name, request):

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import trt_kernels as tk
 from examples.networks import SmallNet
 from tests.cases import LIF, LOSS, PENALTY
+from trt_kernels import backends, ops
+from trt_kernels.backends import native
 from trt_kernels.options import LIFTensors
 
 T = 4
@@ -77,13 +80,14 @@ def penalised(x):
 
 
 def normalised(x, weight, bias, gains):
-    mean, var = torch.zeros(6), torch.ones(6)
+    mean, var = torch.zeros(6, device=x.device), torch.ones(6, device=x.device)
     spikes = tk.batch_norm_lif(x, mean, var, weight, bias, True, gains=gains)
     return spikes, mean, var
 
 
 def inferred(x, weight, bias):
-    return tk.batch_norm_lif(x, torch.full((6,), 0.1), torch.full((6,), 0.9), weight, bias)
+    mean, var = (torch.full((6,), value, device=x.device) for value in (0.1, 0.9))
+    return tk.batch_norm_lif(x, mean, var, weight, bias)
 
 
 def constant(x, weight):
@@ -184,6 +188,64 @@ AUTOMATIC = ("extras", "bits", "steps", "batch_norm_lif in training", "trt_penal
 @pytest.mark.parametrize("case", AUTOMATIC)
 def test_a_second_batch_size_is_the_last_to_compile(case):
     assert compilations(case, marked=False) == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_graph_on_every_backend(case, backend):
+    """The choice of a backend asks a driver by functions that torch.compile cannot trace."""
+    function, make, _ = CASES[case]
+    tensors = make(3)
+    expected = outputs_and_gradients(function, tensors)
+    assert_same(outputs_and_gradients(one_graph(function)[0], tensors), expected)
+
+
+# These take an entry of a tensor, for which torch asks for a real device, fake tensor or not.
+INDEXING = {"bits", "batch_norm_lif in training", "batch_norm_lif, channels last"}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in INDEXING])
+def test_one_graph_of_cuda_tensors(case, gpu_on_host):
+    """As far as this machine can: fake tensors on a GPU, the automatic choice, the forward pass."""
+    function, make, _ = CASES[case]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty_like(t, device="cuda") for t in make(3)]
+        out = one_graph(function, "eager")[0](*tensors)
+    out = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+    assert {t.device for t in out} == {torch.device("cuda", 0)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_graph_without_gradients(case):
+    function, make, _ = CASES[case]
+    tensors = make(3)
+    for found, expected in zip(
+        *(
+            out if isinstance(out, tuple) else (out,)
+            for out in (one_graph(function)[0](*tensors), function(*tensors))
+        ),
+        strict=True,
+    ):
+        assert found is expected is None or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("count", (1, 2, 3, 8))
+def test_one_graph_of_penalties_without_gradients(count):
+    params = [torch.randn(5) for _ in range(count)]
+    compiled, _ = one_graph(lambda p: tk.trt_penalty(p, steps=T, **TRT))
+    assert torch.equal(compiled(params), tk.trt_penalty(params, steps=T, **TRT))
+
+
+@pytest.mark.parametrize("backend", ("cuda", None))
+def test_no_graph_where_no_backend_serves(backend, monkeypatch):
+    """The reason reaches whoever compiles, as it does in eager mode."""
+    monkeypatch.setattr(native, "why_no_cuda", lambda device: "no GPU")
+    monkeypatch.setattr(backends, "why_no_triton", lambda device: "no Triton")
+    ops._resolve.cache_clear()
+    with FakeTensorMode():
+        x = torch.empty(T, 3, device="cuda")
+        with pytest.raises(Exception, match="lif: backend 'cuda' cannot serve: no GPU"):
+            one_graph(lambda x: tk.lif(x, backend=backend), "eager")[0](x)
+    ops._resolve.cache_clear()
 
 
 MODULES = {

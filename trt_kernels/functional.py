@@ -662,6 +662,10 @@ def _penalty(params: list[Tensor], options: PenaltyOptions) -> Tensor:
         return reference.trt_penalty(params, options)
     if checks.transforming():
         return ops.trt_penalty_forward(params, options)
+    if torch.compiler.is_compiling() and not any(p.requires_grad for p in params):
+        # Without gradients Dynamo calls `forward` of a Function without ctx, where its signature
+        # happens to have as many names as there are arguments: two parameters here.
+        return ops.trt_penalty_forward(params, options)
     value: Tensor = TRTPenaltyFunction.apply(options, *params)
     return value
 

@@ -65,7 +65,7 @@ def choose_backend(operator: str, backend: str | None, device: torch.device) -> 
     """The backend that serves `operator` on `device`, or an error that says why none does."""
     if backend is not None:
         check_backend_name(backend)
-    resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve
+    resolve = _resolve_once if torch.compiler.is_compiling() else _resolve
     return resolve(operator, default_backend if backend is None else backend, device)
 
 
@@ -84,6 +84,13 @@ def _resolve(operator: str, name: str, device: torch.device) -> str:
             return candidate
         reasons.append(f"backend {candidate!r} cannot serve: {reason}")
     raise RuntimeError(f"{operator}: {'; '.join(reasons)}")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _resolve_once(operator: str, name: str, device: torch.device) -> str:
+    """`_resolve` called by torch.compile while it traces: it asks a driver, through functions of
+    the compiled module, and neither can be traced."""
+    return _resolve(operator, name, device)
 
 
 @cache

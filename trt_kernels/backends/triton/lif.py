@@ -64,6 +64,8 @@ MOST_WIDE_STEPS = 10
 
 # Steps whose loads are issued before the first is used, to hide the latency of memory.
 AHEAD = tl.constexpr(4)
+# KINDS, the choices that a kernel is compiled for, is read by position, and an element gets a name
+# before it is passed on: Triton 3.6 passes `KINDS[9]` itself as a str, which no function takes.
 SEGMENT = tl.constexpr(CHECKPOINT_EVERY)
 
 
@@ -85,8 +87,10 @@ def places(
 
     A state is [outer][inner], a sequence [outer][steps][inner]; without SPLIT outer is 1.
     """
+    MAP: tl.constexpr = KINDS[9]
+    TILE: tl.constexpr = KINDS[10]
     neuron, exists, channel = elements(
-        neurons, positions, channels, channel_stride, KINDS[9], KINDS[10], INDEX, BLOCK
+        neurons, positions, channels, channel_stride, MAP, TILE, INDEX, BLOCK
     )
     stride = scalar(inner, INDEX)
     start = neuron
@@ -151,8 +155,9 @@ def normalised(x, norm):
 def gain_of(gains, t, place, KINDS: tl.constexpr):
     """The gain of step t, of [T] or of [T, channels]."""
     _, exists, _, _, channel, channels, _, _ = place
+    MAP: tl.constexpr = KINDS[9]
     if KINDS[7]:
-        gain = of_channel(gains, t, channel, channels, exists, KINDS[9])
+        gain = of_channel(gains, t, channel, channels, exists, MAP)
     else:
         gain = tl.load(gains + t)
     return gain
@@ -279,18 +284,17 @@ def forward_kernel(
     `partial` has one sum a program, `counts` [steps, programs] one of spikes; `checkpoints`
     [segments, neurons] has v after each segment.
     """
+    MAP: tl.constexpr = KINDS[9]
     steps = segments * SEGMENT + LAST
     place = places(
         neurons, inner, steps, positions, channels, channel_stride, KINDS, SPLIT, INDEX, BLOCK
     )
     neuron, exists, _, _, _, _, _, _ = place
-    factor, threshold, v_reset = neuron_rules(
-        values, factor, threshold, v_reset, place, STATE, KINDS[9]
-    )
+    factor, threshold, v_reset = neuron_rules(values, factor, threshold, v_reset, place, STATE, MAP)
     rules = (factor, threshold, v_reset, scalar(eps, STATE), scalar(surrogate_parameter, STATE))
     norm = None
     if stats is not None:
-        norm = norm_rules(stats, norm_weight, norm_bias, scale, place, STATE, KINDS[9])
+        norm = norm_rules(stats, norm_weight, norm_bias, scale, place, STATE, MAP)
     if KINDS[6]:
         x = tl.load(x + neuron, mask=exists, other=0.0)
     tensors = (x, gains, weight, growth, spikes, potential, counts, bits)
