@@ -155,8 +155,8 @@ def normalised(x, norm):
 def gain_of(gains, t, place, KINDS: tl.constexpr):
     """The gain of step t, of [T] or of [T, channels]."""
     _, exists, _, _, channel, channels, _, _ = place
-    MAP: tl.constexpr = KINDS[9]
     if KINDS[7]:
+        MAP: tl.constexpr = KINDS[9]
         gain = of_channel(gains, t, channel, channels, exists, MAP)
     else:
         gain = tl.load(gains + t)
