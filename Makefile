@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
+# What PyTorch 2.11 brings, the oldest that the package serves.
+OLDEST_TRITON := $(VENV)/oldest-triton
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install test on-host test-cpp test-sanitized fuzz mutate bench gpu docs lint format clean
+.PHONY: install test test-baseline fake-gpu on-host test-cpp test-sanitized fuzz mutate bench gpu docs lint format clean
 
 install: $(VENV)/installed
 
@@ -16,6 +18,7 @@ $(VENV)/bin/python:
 $(VENV)/requirements: requirements-dev.txt requirements-peers.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/pip install -q --no-deps -r requirements-peers.txt
+	$(BIN)/pip install -q --no-deps --upgrade --target $(OLDEST_TRITON) triton==3.6.0
 	touch $@
 
 $(VENV)/installed: $(VENV)/requirements $(SOURCES)
@@ -23,7 +26,23 @@ $(VENV)/installed: $(VENV)/requirements $(SOURCES)
 	touch $@
 
 test: install on-host
-	$(BIN)/python -m pytest -n auto
+	TRT_KERNELS_TEST_TRITON=$(OLDEST_TRITON) $(BIN)/python -m pytest -n auto
+
+# The tests that train, as a processor with neither AVX would compute them.
+TRAINING_TESTS = tests/examples tests/test_penalty_training.py tests/test_distributed.py
+test-baseline: install on-host
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default TRT_KERNELS_TEST_LEVEL=baseline \
+	  $(BIN)/python -m pytest -n auto $(TRAINING_TESTS)
+
+# Every Triton kernel compiled and launched for three architectures and two Tritons, on a driver that
+# computes nothing, then Triton's tests marked gpu on it without their comparisons: twenty minutes.
+fake-gpu: install
+	TRT_KERNELS_TEST_TRITON=$(OLDEST_TRITON) \
+	  $(BIN)/python -m tests.fake_gpu --out benchmarks/results/triton-machine-code.md
+	for triton in "" $(OLDEST_TRITON); do \
+	  PYTHONPATH=$$triton FAKE_GPU=sm_90 $(BIN)/python -m pytest -n auto -p tests.fake_gpu.plugin \
+	    tests/test_gpu.py tests/test_gpu_block.py || exit 1; \
+	done
 
 # What the tests compile: for the host, and only what they need.
 CONFIGURE_TESTS = $(BIN)/cmake -GNinja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \

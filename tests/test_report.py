@@ -51,7 +51,7 @@ def test_module_prints_it():
 
 def test_cpu_level_can_be_chosen():
     before = native._C.cpu_level()
-    assert before == native._C.cpu_levels()[-1]
+    assert before == os.environ.get("TRT_KERNELS_TEST_LEVEL", native._C.cpu_levels()[-1])
     with pytest.raises(ValueError, match="CPU level 'sse9' is not usable here; usable: baseline"):
         native._C.set_cpu_level("sse9")
     assert native._C.cpu_level() == before

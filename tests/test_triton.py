@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import trt_kernels as tk
-from tests import cases
+from tests import cases, fake_gpu
 from tests.machine_code import disassemble
 from trt_kernels import ops
 from trt_kernels.backends import triton as backend
@@ -33,8 +33,7 @@ class NoDevice:
     def __init__(self, architecture):
         from triton.backends.compiler import GPUTarget
 
-        targets = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-        self.target = GPUTarget(*targets[architecture])
+        self.target = GPUTarget("hip", architecture, 64)
 
     def get_current_target(self):
         return self.target
@@ -46,19 +45,29 @@ class NoDevice:
         return 0
 
 
-def compile_only(architecture, launched):
-    """From here on a launch compiles its kernel and calls `launched`, with its name and result."""
+def compile_and_launch(architecture, folder, launched):
+    """From here on a launch calls `launched` with its kernel's name and what was compiled.
+
+    NVIDIA's kernels are launched on a fake GPU, by Triton's launcher; AMD's are only compiled.
+    """
     import triton
     from triton.runtime.jit import JITFunction
 
+    only_compiled = not architecture.startswith("sm_")
+    if only_compiled:
+        triton.runtime.driver.set_active(NoDevice(architecture))
+    else:
+        gpu = fake_gpu.install(architecture, Path(folder) / "driver")
+
     def launch(kernel, grid):
         def run(*arguments, **options):
-            result = kernel.run(*arguments, grid=grid, warmup=True, **options)
+            before = None if only_compiled else gpu.launches
+            result = kernel.run(*arguments, grid=grid, warmup=only_compiled, **options)
+            assert only_compiled or gpu.launches == before + 1, kernel.__name__
             launched(kernel.__name__, result)
 
         return run
 
-    triton.runtime.driver.set_active(NoDevice(architecture))
     JITFunction.__getitem__ = launch
 
 
@@ -161,9 +170,9 @@ CASES = {
 }
 
 
-def compile_cases(architecture, folder):
-    """Writes every kernel of CASES as `case kernel.extension`."""
-    extensions = ("cubin", "ptx") if architecture == "sm_90" else ("amdgcn",)
+def compile_cases(architecture, folder, cases=tuple(CASES)):
+    """Launches `cases` and writes every kernel as `case kernel.extension`."""
+    extensions = ("cubin", "ptx") if architecture.startswith("sm_") else ("amdgcn",)
     results = {}
 
     def keep(kernel, result):
@@ -172,9 +181,9 @@ def compile_cases(architecture, folder):
         if known.hash != result.hash:
             results[f"{kernel} 2"] = result
 
-    compile_only(architecture, keep)
-    for case, run in CASES.items():
-        run()
+    compile_and_launch(architecture, folder, keep)
+    for case in cases:
+        CASES[case]()
         for kernel, result in results.items():
             for extension in extensions:
                 content = result.asm[extension]
@@ -186,7 +195,9 @@ def compile_cases(architecture, folder):
 def count_compilations(architecture, folder):
     """Writes how many kernels a change of sizes and settings adds, which must be none."""
     results = set()
-    compile_only(architecture, lambda kernel, result: results.add((kernel, result.hash)))
+    compile_and_launch(
+        architecture, folder, lambda kernel, result: results.add((kernel, result.hash))
+    )
     added = {}
 
     def add(change, before, after):
@@ -212,13 +223,19 @@ def count_compilations(architecture, folder):
     (Path(folder) / "added.json").write_text(json.dumps(added))
 
 
-def in_own_process(function, architecture, folder):
-    """Runs a function of this module where Triton compiles."""
-    code = f"from tests.test_triton import {function} as f; f({architecture!r}, {str(folder)!r})"
+def in_own_process(function, architecture, folder, *arguments, triton=None):
+    """Runs a function of this module where Triton compiles: the one in `triton`, if given."""
+    path = [triton] if triton else []
+    code = (
+        f"import sys; sys.path[:0] = {path!r}\n"
+        f"from tests.test_triton import {function} as f\n"
+        f"f({architecture!r}, {str(folder)!r}, *{arguments!r})"
+    )
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
     environment.pop("TRITON_INTERPRET", None)
+    warnings = ("-W", "error::UserWarning:triton", "-W", "error::UserWarning:triton.knobs")
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:triton", "-c", code],
+        [sys.executable, *warnings, "-c", code],
         env=environment,
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -306,6 +323,58 @@ def test_compiles_for_gfx942(tmp_path):
             assert f"global_load_{width}" in text or f"buffer_load_{width}" in text, name
         if name.startswith("lif") and "forward" in name:  # AMD's divisions contain some
             assert "v_fma_f32" not in text and "v_fmac_f32" not in text, name
+
+
+# Every kernel once, with the argument forms that Triton versions have taken differently.
+SELECTION = (
+    "full 6 float32",
+    "divide 6 float32",
+    "tile 6 float32",
+    "norm 6 bfloat16",
+    "constant 6 float32",
+    "bits 6 float32",
+    "pack",
+    "penalty 3 bfloat16",
+    "loss 100 float32",
+)
+# Where `make install` puts the oldest Triton that a supported PyTorch brings, and the test's name.
+OLDEST = os.environ.get("TRT_KERNELS_TEST_TRITON")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture,oldest",
+    [("sm_80", False), ("sm_120", False), ("sm_90", True)],
+    ids=("sm_80", "sm_120", "oldest Triton"),
+)
+def test_every_kernel_launches_on_a_fake_gpu(tmp_path, architecture, oldest):
+    """With the installed Triton, sm_90 is that of the machine code's test."""
+    if oldest and not OLDEST:
+        pytest.skip("TRT_KERNELS_TEST_TRITON names no folder with an older Triton: make test does")
+    path = str(Path(OLDEST).absolute()) if oldest else None
+    in_own_process("compile_cases", architecture, tmp_path, SELECTION, triton=path)
+    assert cases_of([path.stem for path in tmp_path.glob("*.cubin")]) == set(SELECTION)
+
+
+def test_the_fake_gpu_refuses_what_a_gpu_would(tmp_path):
+    """A grid of nothing, too many threads, and more shared memory than there is."""
+    code = (
+        "import ctypes, sys; from pathlib import Path; from tests import fake_gpu\n"
+        "library = ctypes.CDLL(str(fake_gpu.build(Path(sys.argv[1]))))\n"
+        "def launch(*config): return library.cuLaunchKernelEx((ctypes.c_uint * 7)(*config), 3)\n"
+        "print(launch(1, 1, 1, 128, 1, 1, 99 << 10), launch(0, 1, 1, 128, 1, 1, 0),\n"
+        "      launch(1, 1, 1, 2048, 1, 1, 0), launch(1, 70000, 1, 128, 1, 1, 0),\n"
+        "      launch(1, 1, 1, 128, 1, 1, 100 << 10))\n"
+        "print(library.fake_gpu_launches(), library.fake_gpu_bad_launches())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "FAKE_GPU": "120"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split("\n") == ["0 1 1 1 1", "1 4", ""], done.stderr
 
 
 def test_other_sizes_and_settings_compile_nothing_new(tmp_path):

@@ -74,4 +74,6 @@ def sum_kernel(partial, count, scale: tl.float64, result, BLOCK: tl.constexpr):
 
 def sum_partials(partial: Tensor, scale: float, result: Tensor) -> None:
     """result = scale · Σ of the programs' sums: the second launch of a reduction."""
-    sum_kernel[(1,)](partial, partial.numel(), scale, result, BLOCK=SUM_BLOCK)
+    sum_kernel[(1,)](
+        partial, partial.numel(), scale, result, BLOCK=SUM_BLOCK, enable_fp_fusion=True
+    )
