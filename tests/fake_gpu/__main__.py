@@ -49,7 +49,7 @@ def main() -> None:
         "# The Triton kernels as machine code",
         "",
         "Counted, not timed, by `make fake-gpu`: registers a thread, and after a plus the accesses",
-        "to local memory. Every kernel was compiled and launched, on a driver that computes nothing.",
+        "to local memory. Every kernel was launched, on a driver that computes nothing.",
         "",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
