@@ -29,10 +29,13 @@ test: install on-host
 	TRT_KERNELS_TEST_TRITON=$(OLDEST_TRITON) $(BIN)/python -m pytest -n auto
 
 # The tests that train, as a processor with neither AVX would compute them.
-TRAINING_TESTS = tests/examples tests/test_penalty_training.py tests/test_distributed.py
+TRAINING_TESTS = tests/examples/test_train.py tests/test_penalty_training.py \
+  tests/test_distributed.py tests/test_acceleration.py
+COMPARING = two_processes or backends_agree or train_the_same or same_numbers or penalty_training \
+  or distributed or training or losses
 test-baseline: install on-host
 	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default TRT_KERNELS_TEST_LEVEL=baseline \
-	  $(BIN)/python -m pytest -n auto $(TRAINING_TESTS)
+	  $(BIN)/python -m pytest -n auto $(TRAINING_TESTS) -k "$(COMPARING)"
 
 # Every Triton kernel compiled and launched for three architectures and two Tritons, on a driver that
 # computes nothing, then Triton's tests marked gpu on it without their comparisons: twenty minutes.

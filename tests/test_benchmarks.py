@@ -177,7 +177,9 @@ def test_gpu_clocks_time_calls_over_rotating_copies():
         step = Step(forward, [torch.rand(8, requires_grad=True)], [torch.ones(8)])
         other = Variant("other", Step(lambda x: x + x, step.inputs, step.grads))
         record = measure(Clock(), make_case(Variant("ours", step, truth(step)), other), 1e-3, clock)
-        assert len(set(seen)) == 16  # small tensors: as many copies as there ever are
+        # Small tensors have as many copies as there ever are. A machine under load has time for
+        # fewer calls; the first three are of the check, and of the clock's preparation.
+        assert len(set(seen)) >= min(16, len(seen) - 3)
         assert record["device"] == "cpu" and record["clock"] == clock.name
         assert record["failed"] == {}
         # As many bytes are copied as are moved.
