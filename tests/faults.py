@@ -425,6 +425,14 @@ CUDA = (
         "steps that do not fill a group of loads are left out",
     ),
     Mutation(
+        "group-of-loads",
+        "csrc/cuda/lif.h",
+        "(data + k * stride)[0];",
+        "(data + (k == 3 ? 2 : k) * stride)[0];",
+        (f"{LIF}test_segments_of_time[cuda-15]",),
+        "the last step of an unrolled group takes the elements of the one before",
+    ),
+    Mutation(
         "stale-checkpoint",
         "csrc/cuda/plain_lif.cu",
         "(segment - 1) * neurons + own.state, v);",

@@ -89,26 +89,46 @@ __device__ __forceinline__ void read_or_zero(const void* data, Index index, F (&
   }
 }
 
+// Elements of the next `ready` steps, of kAhead at most, by loads that are issued together.
+template <int kWidth, class Storage, int kCount>
+__device__ __forceinline__ void load_steps(const Storage* data, Index stride, int ready,
+                                           Vector<Storage, kWidth> (&to)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (k < ready) to[k] = reinterpret_cast<const Vector<Storage, kWidth>*>(data + k * stride)[0];
+  }
+}
+
 // f(i, index, elements of `data` at index) for i = 0..count-1 and an index that moves by `stride`
 // from `index` on, with the loads of kAhead steps issued together; zeros where there is no `data`.
-// The loop is rolled and its elements move up by one place a step, which costs few instructions:
-// unrolled, code and compile time would be four times as long.
-template <int kWidth, class Storage, class Function>
+// With kUnrolled, whole groups of kAhead steps are unrolled, which costs the fewest instructions.
+// Other steps are a rolled loop whose elements move up by one place a step: where f is long, code
+// and compile time would be four times as long.
+template <int kWidth, class Storage, bool kUnrolled = false, class Function>
 __device__ __forceinline__ void for_steps(const void* data, Index index, Index stride, int count,
                                           Function&& f) {
   using Elements = Vector<Storage, kWidth>;
   constexpr int kAhead = cuda::kAhead<Storage, kWidth>;
-  Elements ahead[kAhead] = {};
-  Index next = index;
-  for (int first = 0; first < count; first += kAhead) {
-    const int ready = count - first < kAhead ? count - first : kAhead;
+  const Storage* from = static_cast<const Storage*>(data);
+  int first = 0;
+  if constexpr (kUnrolled) {
+    const auto run_group = [&](auto size) {
+      Elements group[decltype(size)::value] = {};
+      if (data) load_steps<kWidth>(from + index, stride, decltype(size)::value, group);
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (data && k < ready) {
-        ahead[k] = *reinterpret_cast<const Elements*>(static_cast<const Storage*>(data) + next);
-        next += stride;
+      for (const Elements& elements : group) {
+        f(first++, index, elements);
+        index += stride;
       }
-    }
+    };
+#pragma unroll 1
+    while (count - first >= kAhead) run_group(std::integral_constant<int, kAhead>());
+    if (count - first >= kAhead / 2) run_group(std::integral_constant<int, kAhead / 2>());
+  }
+  Elements ahead[kAhead] = {};
+  for (; first < count; first += kAhead) {
+    const int ready = count - first < kAhead ? count - first : kAhead;
+    if (data) load_steps<kWidth>(from + index, stride, ready, ahead);
 #pragma unroll 1
     for (int k = 0; k < ready; ++k) {
       f(first + k, index, ahead[0]);

@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage>)
         put<Storage>(a.spikes, index, s);
       };
       const int left = steps - begin;
-      for_steps<kWidth, Storage>(a.x, own.sequence + begin * inner, inner,
-                                 left < a.checkpoint_every ? left : a.checkpoint_every, step);
+      for_steps<kWidth, Storage, true>(a.x, own.sequence + begin * inner, inner,
+                                       left < a.checkpoint_every ? left : a.checkpoint_every, step);
     }
   });
   if (a.state) write(static_cast<F*>(a.state) + own.state, v);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage>)
         advance<decltype(reset)>(x, rules.neuron, v, h);
         parked.put(i, h);
       };
-      for_steps<kWidth, Storage>(a.x, own.sequence + begin * inner, inner, end - begin, step);
+      for_steps<kWidth, Storage, true>(a.x, own.sequence + begin * inner, inner, end - begin, step);
     });
 
     const auto step = [&](int i, Index index, const Vector<Storage, kWidth>& grad_spikes) {
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks<Storage>)
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) dv[j] = Decay::slope(rules.neuron) * dv[j];
     };
-    for_steps<kWidth, Storage>(a.grad_spikes, own.sequence + (end - 1) * inner, -inner, end - begin,
-                               step);
+    for_steps<kWidth, Storage, true>(a.grad_spikes, own.sequence + (end - 1) * inner, -inner,
+                                     end - begin, step);
   }
   if (a.grad_v_init) write(static_cast<F*>(a.grad_v_init) + own.state, dv);
 }
