@@ -468,10 +468,18 @@ CUDA = (
     Mutation(
         "odd-term",
         "csrc/cuda/penalty.cu",
-        "  if (t < count) single(at(t));\n",
+        "  if (count % 2 != 0) single(at(count - 1));\n",
         "",
         (f"{PENALTY}test_value_and_gradient_against_float64[cuda-0.0-6-*",),
         "the last of an odd number of terms is left out",
+    ),
+    Mutation(
+        "first-pair-of-terms",
+        "csrc/cuda/penalty.cu",
+        "  int t = 2;\n",
+        "  int t = 0;\n",
+        (f"{PENALTY}test_value_and_gradient_against_float64[cuda-0.0-6-*",),
+        "the first two terms are added twice",
     ),
     Mutation(
         "tail-of-a-tile",

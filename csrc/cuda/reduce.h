@@ -63,14 +63,16 @@ __device__ __forceinline__ double sum_all(const double* values, std::int64_t cou
 // What a counter of blocks takes of a workspace, so that doubles may follow.
 constexpr std::int64_t kArrivedBytes = sizeof(double);
 
-// True for all threads of the block that is the last of `blocks` to come here: it sees what the
-// others wrote before. `arrived` was 0 before the launch, in memory of this call alone, so that
-// neither another stream nor an aborted kernel can disturb the count.
+// True for all threads of the last of `blocks` blocks to come here, which sees what the first
+// thread of the others wrote before: no other thread may have written. `arrived` was 0 before the
+// launch, in memory of this call alone, so that neither another stream nor an aborted kernel can
+// disturb the count.
 __device__ __forceinline__ bool is_last_block(unsigned* arrived, unsigned blocks) {
   __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == blocks - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrived, 1u) == blocks - 1;
+  }
   __syncthreads();
   if (last) __threadfence();
   return last;
