@@ -91,7 +91,7 @@ fuzz: install on-host
 
 # Deliberate faults, one by one in a copy of the tree: each must fail a test. Half an hour; ONLY=name for one.
 mutate: $(VENV)/requirements
-	$(BIN)/python -m tests.mutations $(if $(ONLY),--only $(ONLY))
+	TRT_KERNELS_TEST_TRITON=$(abspath $(OLDEST_TRITON)) $(BIN)/python -m tests.mutations $(if $(ONLY),--only $(ONLY))
 
 bench: install
 	mkdir -p $(OUT)

@@ -564,6 +564,16 @@ BUILD = (
 # Triton, interpreted.
 TRITON = (
     Mutation(
+        "unnamed-element",
+        "trt_kernels/backends/triton/lif.py",
+        "norm = norm_rules(stats, norm_weight, norm_bias, scale, place, STATE, MAP)\n"
+        "    if KINDS[6]:",
+        "norm = norm_rules(stats, norm_weight, norm_bias, scale, place, STATE, KINDS[9])\n"
+        "    if KINDS[6]:",
+        ("tests/test_triton.py::test_every_kernel_launches_on_a_fake_gpu[oldest Triton]",),
+        "Triton 3.6 gets a str where it takes a constexpr",
+    ),
+    Mutation(
         "mask-of-a-sum",
         "trt_kernels/backends/triton/channels.py",
         "value = tl.where(exists, value, 0.0).to(tl.float64)",
@@ -760,6 +770,22 @@ PYTHON = (
         "lambda grad, logits, *_: logits.new_empty(logits.shape),",
         ("tests/test_ops.py::test_opcheck_loss[cpu]",),
         "a fake tensor has other strides than the real one",
+    ),
+    Mutation(
+        "traced-choice",
+        "trt_kernels/ops.py",
+        "resolve = _resolve_once if torch.compiler.is_compiling() else _resolve",
+        "resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve",
+        ("tests/test_compile.py::test_one_graph_of_cuda_tensors[lif]",),
+        "torch.compile traces the question to a driver, which breaks the graph",
+    ),
+    Mutation(
+        "penalty-without-gradients",
+        "trt_kernels/functional.py",
+        "if torch.compiler.is_compiling() and not any(p.requires_grad for p in params):",
+        "if False:",
+        ("tests/test_compile.py::test_one_graph_of_penalties_without_gradients[2]",),
+        "Dynamo calls forward without ctx",
     ),
     Mutation(
         "environment",
