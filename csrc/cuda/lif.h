@@ -143,7 +143,8 @@ template <class Storage, int kWidth>
 __device__ __forceinline__ void put(void* data, Index index, const State<Storage> (&from)[kWidth]) {
   Vector<Storage, kWidth> elements;
   pack(from, elements);
-  *reinterpret_cast<Vector<Storage, kWidth>*>(static_cast<Storage*>(data) + index) = elements;
+  store_vector(reinterpret_cast<Vector<Storage, kWidth>*>(static_cast<Storage*>(data) + index),
+               elements);
 }
 
 // Potentials of a segment in shared memory. Every thread has a column of its own, so no barrier is

@@ -76,6 +76,21 @@ __device__ __forceinline__ void pack(const float (&from)[kWidth], Vector<T, kWid
   for (int j = 0; j < kWidth; j += 2) vector.words[j / 2] = store_pair<T>(&from[j]);
 }
 
+// *to = vector, by one instruction: where steps are unrolled, nvcc splits the assignment of a struct
+// of 16 bytes into four stores.
+template <class T>
+__device__ __forceinline__ void store_vector(T* to, const T& vector) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == kVectorBytes) {
+    uint4 words;
+    memcpy(&words, &vector, sizeof words);
+    __stwb(reinterpret_cast<uint4*>(to), words);
+    return;
+  }
+#endif
+  *to = vector;
+}
+
 // True if kWidth elements of T can be moved at `address`, or if it is null.
 template <class T, int kWidth>
 bool aligned(const void* address) {
