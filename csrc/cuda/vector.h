@@ -76,8 +76,8 @@ __device__ __forceinline__ void pack(const float (&from)[kWidth], Vector<T, kWid
   for (int j = 0; j < kWidth; j += 2) vector.words[j / 2] = store_pair<T>(&from[j]);
 }
 
-// *to = vector, by one instruction: where steps are unrolled, nvcc splits the assignment of a struct
-// of 16 bytes into four stores.
+// *to = vector, by one instruction: where steps are unrolled, nvcc splits the assignment of a
+// struct of 16 bytes into four stores.
 template <class T>
 __device__ __forceinline__ void store_vector(T* to, const T& vector) {
 #ifdef __CUDA_ARCH__
