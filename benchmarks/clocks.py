@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -25,7 +26,9 @@ USUAL_CACHE = 64 << 20
 LARGEST_COPY = 1 << 30
 # Cycles a second of the waiting kernel: a little above today's clocks, so that it waits enough.
 CYCLES = 2e9
-FIRST_WAIT, LONGEST_WAIT = 1e-3, 1e-2
+LONGEST_WAIT = 1e-2
+# It waits so many times as long as the host took for its launches the last time.
+SPARE = 1.2
 # A graph holds so many calls, or so many seconds of them if that is fewer.
 MOST_CAPTURED, SECONDS_CAPTURED = 20, 2e-3
 
@@ -62,6 +65,14 @@ class HostClock:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
+
+    def most_calls(self, run: Callable[[], Any]) -> float:
+        """How many calls of a run that was timed one timing may have."""
+        return math.inf
+
+    def times_host(self, run: Callable[[], Any]) -> bool:
+        """Whether the time of a run that was timed is that of the host's launches."""
+        return False
 
 
 class Rotation:
@@ -145,6 +156,9 @@ class EventClock(GPUClock):
     """Time between two events on the GPU. A kernel that waits goes before them, so that the host
     is ahead with its launches and the GPU works without gaps, as in a deep queue in training.
 
+    The wait has a limit, so a timing has no more calls than the host launches within it. A run
+    whose one call takes longer than that is timed at the host's speed, and its record says so.
+
     `event` makes an event: a test without a GPU brings its own."""
 
     name = "events"
@@ -152,7 +166,7 @@ class EventClock(GPUClock):
     def __init__(self, device: torch.device, event: Callable[[], Any] | None = None) -> None:
         super().__init__(device)
         self.event = event or (lambda: torch.cuda.Event(enable_timing=True))
-        self._waits: dict[int, float] = {}
+        self._launching: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 
     def wait(self, seconds: float) -> None:
         """Keeps the GPU busy so long."""
@@ -161,18 +175,24 @@ class EventClock(GPUClock):
 
     def seconds(self, run: Callable[[], Any]) -> float:
         first, last = self.event(), self.event()
-        self.wait(self._waits.get(id(run), FIRST_WAIT))
+        known = self._launching.get(run)
+        self.wait(LONGEST_WAIT if known is None else min(LONGEST_WAIT, SPARE * known))
         began = time.perf_counter()
         first.record()
         run()
         last.record()
-        launching = time.perf_counter() - began
-        self._waits[id(run)] = min(LONGEST_WAIT, 1.2 * launching)
+        self._launching[run] = time.perf_counter() - began
         last.synchronize()
         return float(first.elapsed_time(last)) / 1e3
 
+    def most_calls(self, run: Callable[[], Any]) -> float:
+        return max(1.0, LONGEST_WAIT // (SPARE * self._launching[run]))
 
-@dataclass
+    def times_host(self, run: Callable[[], Any]) -> bool:
+        return SPARE * self._launching[run] > LONGEST_WAIT
+
+
+@dataclass(eq=False)
 class Replay:
     """Replays a graph, and holds what it was captured from: the tensors that it reads."""
 

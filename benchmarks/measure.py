@@ -188,7 +188,10 @@ def measure(
         else clock.seconds(step)
         for name, step in steps.items()
     }
-    calls = {name: math.ceil(SHORTEST_ROUND / seconds) for name, seconds in cost.items()}
+    calls = {
+        name: int(min(math.ceil(SHORTEST_ROUND / cost[name]), clock.most_calls(step)))
+        for name, step in steps.items()
+    }
     costs = {name: calls[name] * cost[name] for name in steps}
     rounds = rounds_within(budget, costs, *case.rounds)
     ours = case.ours.name
@@ -240,6 +243,7 @@ def measure(
         "variants": results,
         "checked": [name for name, v in running.items() if v.expected is not None],
         "skipped": checked.skipped,
+        "host_timed": [name for name, step in steps.items() if clock.times_host(step)],
         **({"failed": checked.failed} if clock.keeps_going else {}),
         **clock.about,
         **case.about,

@@ -57,6 +57,7 @@ def result_line(info: dict[str, Any]) -> str:
     ]
     parts += [f"{name} {times(record.ratio(name) or 0)}" for name in record.others]
     parts += [f"{name} skipped: {reason}" for name, reason in info["skipped"].items()]
+    parts += [f"{name} timed at the speed of its launches" for name in info.get("host_timed", ())]
     parts += [f"{name} FAILED: {reason}" for name, reason in info.get("failed", {}).items()]
     return "; ".join(parts)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 import trt_kernels as tk
-from benchmarks import baselines, gpu, peers, report, sanitized
+from benchmarks import baselines, clocks, gpu, peers, report, sanitized
 from benchmarks.clocks import EventClock, GPUClock, HostClock, Replay, WallClock, count_kernels
 from benchmarks.measure import (
     Absent,
@@ -22,6 +22,7 @@ from benchmarks.measure import (
     is_due,
     measure,
     optional,
+    repeated,
     rounds_within,
 )
 from benchmarks.ours import ours
@@ -185,6 +186,65 @@ def test_gpu_clocks_time_calls_over_rotating_copies():
         # As many bytes are copied as are moved.
         assert record["copy"]["moved"] == record["moved"]
         assert all(0 < v["median"] < 0.1 for v in record["variants"].values())
+
+
+class SlowHost(EventClock):
+    """A GPU that works through a queue, for 50 µs a call, and a host that needs `launching` s to
+    launch one; time is counted, so that nothing depends on this machine."""
+
+    def __init__(self, monkeypatch, launching):
+        super().__init__(torch.device("cpu"), self.make_event)
+        self.now = self.busy_until = 0.0
+        self.launching = launching
+        monkeypatch.setattr(clocks.time, "perf_counter", lambda: self.now)
+
+    def launch(self, seconds):
+        self.busy_until = max(self.now, self.busy_until) + seconds
+        return self.busy_until
+
+    def wait(self, seconds):
+        self.launch(seconds)
+
+    def call(self):
+        self.now += self.launching
+        self.launch(50e-6)
+
+    def make_event(self):
+        clock = self
+
+        class Recorded:
+            def record(self):
+                self.at = clock.launch(0.0)
+
+            def synchronize(self):
+                clock.now = max(clock.now, self.at)
+
+            def elapsed_time(self, later):
+                return 1e3 * (later.at - self.at)
+
+        return Recorded()
+
+
+@pytest.mark.parametrize("launching", (10e-6, 850e-6, 4e-3))
+def test_the_gpu_is_timed_and_not_the_host_that_launches(monkeypatch, launching):
+    """The regularizer's calls cost the host 0.85 ms and the GPU 50 µs: eighty a round were timed at
+    the host's speed."""
+    clock = SlowHost(monkeypatch, launching)
+    call = clock.call  # one object: by which the clock knows it again
+    assert clock.seconds(call) == pytest.approx(50e-6)
+    calls = min(80, clock.most_calls(call))
+    assert calls == {10e-6: 80, 850e-6: 9, 4e-3: 2}[launching]
+    run = repeated(call, int(calls))
+    for _ in range(3):  # the first time, too
+        assert clock.seconds(run) / calls == pytest.approx(50e-6)
+    assert not clock.times_host(call)
+
+
+def test_a_call_too_slow_to_launch_is_told_of(monkeypatch):
+    clock = SlowHost(monkeypatch, 20e-3)
+    call = clock.call
+    assert clock.seconds(call) > 5e-3
+    assert clock.most_calls(call) == 1 and clock.times_host(call)
 
 
 def test_copies_fill_the_cache_some_times():
