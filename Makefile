@@ -98,13 +98,15 @@ bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-json=$(OUT)/bench.json --benchmark-quiet
 	$(BIN)/python -m benchmarks.report $(OUT)/bench.json --out $(OUT)
 
-# On a machine with a GPU, after `pip install --no-build-isolation -e .` there: tests, sanitizers and
-# benchmarks, under nine minutes and without a network. It installs nothing: PYTHON as given, else
+# On a machine with a GPU, after `pip install --no-build-isolation -e .` there: tests, benchmarks and
+# sanitizers, under nine minutes and without a network. STAGES=tests,lif,... chooses, SECONDS= limits
+# all of it, TRITON=1 times Triton's kernels too, WHEELS= is a folder with the peers' wheels. It installs nothing: PYTHON as given, else
 # that of .venv where there is one.
 GPU_PYTHON = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or \
   $(wildcard $(BIN)/python),$(PYTHON)))
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(STAGES),--stages $(STAGES)) \
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(TRITON),--triton) $(if $(WHEELS),--wheels $(WHEELS))
 
 # The pages of docs/ as a site in out/docs, which opens from the disk; a warning is an error.
 docs: $(VENV)/requirements

@@ -1,9 +1,11 @@
-"""Tests, sanitizers and benchmarks on a GPU, in one command and within one limit of time.
+"""Tests, benchmarks and sanitizers on a GPU, in one command and within one limit of time.
 
-python -m benchmarks.gpu --out DIR
+python -m benchmarks.gpu --out DIR [--stages tests,lif,...] [--seconds 320] [--triton]
 
-Writes summary.md, results.json, log.txt and plots into DIR. A stage that fails is told of, and the
-others run all the same; the exit status says whether all passed: 0, or 1, or 2 without a GPU.
+Each stage is a process with a limit of its own, one after the other, the most valuable first; what
+is measured is written after each: summary.md, results.json, log.txt and at most four plots in DIR.
+A stage that fails is told of, and the others run all the same; the exit status says whether all
+passed: 0, or 1, or 2 without a GPU.
 """
 
 import argparse
@@ -20,9 +22,9 @@ import tempfile
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -34,24 +36,32 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 535.0
 # For the report, at the end; and for a stage to end by itself once interrupted.
 RESERVED_SECONDS, GRACE_SECONDS = 20.0, 12.0
-TESTS_SECONDS, SANITIZER_SECONDS = 190.0, 190.0
-# One process for each: an illegal access, or a capture that fails, spoils the rest of its own
-# process only. Name, files, cases, limit of time.
+TESTS_SECONDS, TRITON_SECONDS, SANITIZER_SECONDS = 100.0, 100.0, 40.0
+TESTS = ("tests/test_gpu.py", "tests/test_gpu_block.py")
+# An illegal access, or a capture that fails, spoils the rest of its own process only. Stage, files,
+# cases, limit of time.
 PLAIN = "not compiled and not graph"
 BENCHMARKS = (
-    ("lif", ("bench_lif.py",), PLAIN, 95.0),
-    ("batch_norm_lif", ("bench_batch_norm_lif.py",), PLAIN, 35.0),
-    ("options and packing", ("bench_lif_options.py", "bench_packing.py"), PLAIN, 35.0),
+    ("lif", ("bench_lif.py",), PLAIN, 70.0),
+    ("block", ("bench_batch_norm_lif.py",), PLAIN, 25.0),
+    ("penalty", ("bench_penalty.py",), PLAIN, 15.0),
+    ("step", ("bench_step.py",), PLAIN, 40.0),
+    ("options", ("bench_lif_options.py", "bench_packing.py"), PLAIN, 30.0),
+    ("loss", ("bench_loss.py",), PLAIN, 15.0),
     ("accelerate", ("bench_acceleration.py",), PLAIN, 20.0),
-    ("trt_penalty", ("bench_penalty.py",), PLAIN, 30.0),
-    ("temporal_loss", ("bench_loss.py",), PLAIN, 20.0),
-    ("a training step", ("bench_step.py",), PLAIN, 40.0),
-    ("graph replay", (".",), "graph", 35.0),
-    ("torch.compile", (".",), "compiled", 35.0),
+    ("graph", (".",), "graph", 30.0),
+    ("compile", (".",), "compiled", 30.0),
 )
 # Of a benchmark's time; the rest is for its start, and for the case that is running by then.
 BUDGET_FRACTION = 0.75
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+# Every stage, the most valuable first: CUDA before Triton, and sanitizers last.
+STAGES = (
+    *("tests", "lif", "block", "penalty", "step", "options", "loss", "accelerate"),
+    *("triton", "graph", "compile", *SANITIZERS),
+)
+# Of the plots these, as far as they were drawn.
+KEPT_PLOTS = ("lif.png", "batch_norm_lif.png", "penalty.png", "step.png")
 # What compute-sanitizer says where the machine does not let it work.
 REFUSALS = ("Device not supported", "not supported on this device", "Unable to attach")
 PASSED, FAILED, TIMED_OUT, UNAVAILABLE = "passed", "FAILED", "TIMED OUT", "unavailable"
@@ -185,18 +195,21 @@ def pytest_command(python: str, *arguments: str) -> list[str]:
     return [python, "-m", "pytest", *options, *arguments]
 
 
-def tests_stage(python: str, scratch: Path, seconds: float = TESTS_SECONDS) -> Stage:
-    """The tests marked gpu; in several processes where pytest-xdist is installed, since Triton
-    compiles for long."""
-    report = scratch / "tests.xml"
-    parallel = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+def tests_stage(python: str, scratch: Path, triton: bool = False) -> Stage:
+    """The tests marked gpu, of Triton's kernels or of everything else; in several processes where
+    pytest-xdist is installed."""
+    name = "triton" if triton else "tests"
+    report = scratch / f"{name}.xml"
+    processes = "16" if triton else "8"  # Triton compiles for long
+    parallel = ("-n", processes) if importlib.util.find_spec("xdist") else ()
     command = pytest_command(
         python,
-        *("-m", "gpu", "tests", "-vv", "--durations=8", "--continue-on-collection-errors"),
-        f"--junitxml={report}",
+        *("-m", "gpu", *TESTS, "-k", "triton" if triton else "not triton"),
+        *("-vv", "--durations=8", "--continue-on-collection-errors", f"--junitxml={report}"),
         *parallel,
     )
-    return Stage("tests", command, seconds, lambda code, output: judge_tests(code, output, report))
+    seconds = TRITON_SECONDS if triton else TESTS_SECONDS
+    return Stage(name, command, seconds, lambda code, output: judge_tests(code, output, report))
 
 
 def judge_tests(code: int, output: str, report: Path) -> tuple[str, str, list[str]]:
@@ -288,7 +301,7 @@ def benchmark_stages(python: str, scratch: Path, device: str = "cuda") -> list[S
             f"--benchmark-json={scratch / f'bench{index}.json'}",
             f"--time-budget={BUDGET_FRACTION * seconds:.0f}",
         )
-        stages.append(Stage(f"benchmarks of {name}", command, seconds, judge_benchmarks, echo=True))
+        stages.append(Stage(name, command, seconds, judge_benchmarks, echo=True))
     return stages
 
 
@@ -298,32 +311,55 @@ def judge_benchmarks(code: int, output: str) -> tuple[str, str, list[str]]:
 
 
 # --- Everything together.
+def every_stage(python: str, scratch: Path) -> dict[str, Stage | Outcome]:
+    """All stages by name, in their order."""
+    stages = [
+        tests_stage(python, scratch),
+        tests_stage(python, scratch, triton=True),
+        *benchmark_stages(python, scratch),
+        *sanitizer_stages(python),
+    ]
+    return {stage.name: stage for stage in sorted(stages, key=lambda s: STAGES.index(s.name))}
+
+
+def rehearsed(stage: Stage | Outcome) -> Stage | Outcome:
+    """The stage as far as it goes without a GPU: what it selects is collected."""
+    if isinstance(stage, Outcome) or "pytest" not in stage.command:
+        return stage
+    command = [*stage.command, "--collect-only", "-p", "no:xdist"]
+    if "-n" in command:
+        del command[(at := command.index("-n")) : at + 2]
+    return replace(stage, command=command, judge=judge_collection)
+
+
+def judge_collection(code: int, output: str) -> tuple[str, str, list[str]]:
+    """Pytest ends with another status where it selects nothing."""
+    return PASSED if code == 0 else FAILED, last_line(output), failures_in(output)
+
+
 def run_all(
-    together: Sequence[Stage | Outcome],
-    alone: Sequence[Stage],
+    stages: Sequence[Stage | Outcome],
     log: Log,
     deadline: float,
     written: Callable[[list[Outcome]], None],
 ) -> list[Outcome]:
-    """The stages that time nothing together, then the others one by one; `written` after each."""
+    """The stages one after the other, `written` after each."""
     outcomes: list[Outcome] = []
-
-    def left(stage: Stage) -> float:
-        return min(stage.seconds, deadline - RESERVED_SECONDS - time.monotonic())
-
-    with ThreadPoolExecutor(max(1, len(together))) as pool:
-        running = [
-            pool.submit(lambda o: o, stage)
-            if isinstance(stage, Outcome)
-            else pool.submit(attempt, stage, left(stage), log)
-            for stage in together
-        ]
-        outcomes += [future.result() for future in running]
-    written(outcomes)
-    for stage in alone:
-        outcomes.append(attempt(stage, left(stage), log))
+    for stage in stages:
+        if isinstance(stage, Stage):
+            left = min(stage.seconds, deadline - RESERVED_SECONDS - time.monotonic())
+            stage = attempt(stage, left, log)
+        outcomes.append(stage)
         written(outcomes)
     return outcomes
+
+
+def unpacked_wheels(wheels: Path, folder: Path) -> list[str]:
+    """Unpacks the wheels of a folder, which is how pure Python is installed, and names them."""
+    found = sorted(wheels.glob("*.whl"))
+    for wheel in found:
+        zipfile.ZipFile(wheel).extractall(folder)
+    return ["-".join(wheel.name.split("-")[:2]) for wheel in found]
 
 
 def read_records(scratch: Path) -> Run | None:
@@ -402,7 +438,9 @@ def draw(run: Run | None, out: Path, log: Log) -> bool:
     try:
         from benchmarks.plots import draw as draw_plots
 
-        draw_plots(run, out)
+        for path in draw_plots(run, out):
+            if path.name not in KEPT_PLOTS:
+                path.unlink()
     except Exception:
         log.write(traceback.format_exc())
         return False
@@ -426,8 +464,22 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=LIMIT_SECONDS, help="limit of all stages")
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}; default: all"
+    )
+    parser.add_argument("--triton", action="store_true", help="time Triton's kernels beside CUDA's")
+    parser.add_argument("--wheels", type=Path, help="a folder with the peers' wheels, to be used")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="without a GPU: collect what each stage would run"
+    )
     options = parser.parse_args(arguments)
-    reason = why_no_gpu()
+    chosen = options.stages.split(",")
+    unknown = [name for name in chosen if name not in STAGES]
+    if unknown:
+        parser.error(f"--stages: got {unknown[0]!r}, needs some of {', '.join(STAGES)}")
+    if options.wheels is not None and not options.wheels.is_dir():
+        parser.error(f"--wheels: got {options.wheels}, needs a folder")
+    reason = None if options.dry_run else why_no_gpu()
     if reason is not None:
         print(reason)
         return 2
@@ -437,23 +489,27 @@ def main(arguments: list[str] | None = None) -> int:
     environment = describe()
     print(environment["machine"], flush=True)
     log.write(f"{environment['machine']}\n{environment['report']}\n")
+    os.environ["TRT_KERNELS_BENCH_TRITON"] = "1" if options.triton else "0"
     with tempfile.TemporaryDirectory(prefix="trt_kernels_gpu_") as folder:
         scratch = Path(folder)
+        if options.wheels is not None:
+            environment["wheels"] = unpacked_wheels(options.wheels, scratch / "wheels")
+            paths = (str(scratch / "wheels"), os.environ.get("PYTHONPATH", ""))
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
         def written(outcomes: list[Outcome]) -> None:
             write_results(options.out, scratch, environment, outcomes)
 
-        outcomes = run_all(
-            [tests_stage(sys.executable, scratch), *sanitizer_stages(sys.executable)],
-            benchmark_stages(sys.executable, scratch),
-            log,
-            deadline,
-            written,
-        )
+        every = every_stage(sys.executable, scratch)
+        stages = [every[name] for name in every if name in chosen]
+        if options.dry_run:
+            stages = [rehearsed(stage) for stage in stages]
+        outcomes = run_all(stages, log, deadline, written)
         run = write_results(options.out, scratch, environment, outcomes)
         drawn = draw(run, options.out, log)
     print_end(options.out, outcomes, run)
-    return 1 if any(o.failed for o in outcomes) or run is None or not drawn else 0
+    measured = run is not None or options.dry_run or not set(chosen) & {b[0] for b in BENCHMARKS}
+    return 1 if any(o.failed for o in outcomes) or not measured or not drawn else 0
 
 
 def print_end(out: Path, outcomes: list[Outcome], run: Run | None) -> None:

@@ -1,5 +1,6 @@
 """This package's operators, on each backend that serves a device."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ def ours(
     """The variant that others are compared with, and on a GPU the other backend beside it.
 
     On a CPU it is "ours". On a GPU "ours cuda" beside "ours triton"; where CUDA cannot serve, its
-    absence beside "ours triton".
+    absence beside "ours triton". TRT_KERNELS_BENCH_TRITON=0 leaves Triton's out where CUDA's run.
     """
     if device.type == "cpu":
         return Variant("ours", make(function), expected), []
@@ -32,7 +33,9 @@ def ours(
     for backend in COMPILED:
         name = f"ours {backend}"
         reason = backends.why_not(backend, device)
-        if reason is None:
+        if backend == "triton" and running and os.environ.get("TRT_KERNELS_BENCH_TRITON") == "0":
+            absent.append(Absent(name, "not asked for: make gpu TRITON=1"))
+        elif reason is None:
             running.append(Variant(name, make(partial(function, backend=backend)), expected))
         else:
             absent.append(Absent(name, reason))

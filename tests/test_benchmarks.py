@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 import time
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -966,12 +967,10 @@ def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeyp
     interrupted = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')"
     deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"
     orphan = "import subprocess; subprocess.Popen(['sleep', '60']); print('left')"
-    together = [
+    stages = [
         gpu.Outcome("memcheck", gpu.UNAVAILABLE, 0.0, "no compute-sanitizer here"),
         python("initcheck", "print('= Device not supported'); exit(1)", judge=gpu.judge_sanitizer),
         gpu.Stage("missing", ["/nowhere"], 9.0, gpu.judge_sanitizer),
-    ]
-    alone = [
         python("good", "print('3 passed')"),
         python("bad", "print('FAILED x - y'); exit(1)"),
         python("slow", interrupted, 6.0),
@@ -981,9 +980,9 @@ def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeyp
     monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
     environment = {"machine": "NVIDIA Test", "date": "2026-11-25", "report": "cuda available"}
     monkeypatch.setattr(gpu, "describe", lambda: environment)
-    monkeypatch.setattr(gpu, "tests_stage", lambda python, scratch: together[2])
-    monkeypatch.setattr(gpu, "sanitizer_stages", lambda python: together[:2])
-    monkeypatch.setattr(gpu, "benchmark_stages", lambda python, scratch: alone)
+    by_name = {stage.name: stage for stage in stages}
+    monkeypatch.setattr(gpu, "every_stage", lambda python, scratch: by_name)
+    monkeypatch.setattr(gpu, "STAGES", tuple(by_name))
     monkeypatch.setattr(gpu.tempfile, "TemporaryDirectory", lambda prefix: Folder(scratch))
     began = time.monotonic()
     assert gpu.main(["--out", str(out)]) == 1
@@ -1001,7 +1000,7 @@ def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeyp
         "orphan": gpu.PASSED,
     }
     assert stages["slow"]["detail"].endswith("saved")
-    names = {"summary.md", "results.json", "log.txt", "lif.png", "steps.png"}
+    names = {"summary.md", "results.json", "log.txt", "lif.png"}
     assert {path.name for path in out.iterdir()} == names
     text = (out / "summary.md").read_text()
     assert "bad: FAILED x - y" in text and "NVIDIA Test" in text
@@ -1069,9 +1068,45 @@ def test_stages_of_the_gpu_command(tmp_path, monkeypatch):
     assert [s.command[-1].split("=")[0] for s in stages] == ["--time-budget"] * len(stages)
     files = {word for s in stages for word in s.command if word.startswith("benchmarks/bench_")}
     assert files == {str(p.relative_to(gpu.ROOT)) for p in gpu.ROOT.glob("benchmarks/bench_*.py")}
-    assert sum(s.seconds for s in stages) + gpu.TESTS_SECONDS <= gpu.LIMIT_SECONDS < 9 * 60
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     assert {o.status for o in gpu.sanitizer_stages("python")} == {gpu.UNAVAILABLE}
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: name)
+    every = gpu.every_stage("python", tmp_path)
+    assert tuple(every) == gpu.STAGES
+    seconds = sum(stage.seconds for stage in every.values()) - gpu.SANITIZER_SECONDS * 3
+    assert seconds <= gpu.LIMIT_SECONDS - gpu.RESERVED_SECONDS < 9 * 60
+    first = sum(every[name].seconds for name in ("tests", "lif", "block", "penalty", "step"))
+    assert first + gpu.RESERVED_SECONDS <= 320
+    # What comes back is seven files.
+    assert len(gpu.KEPT_PLOTS) + len(("summary.md", "results.json", "log.txt")) == 7
+    assert "triton" in every["triton"].command and "not triton" in every["tests"].command
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_gpu_command_finds_every_test_and_case(tmp_path, monkeypatch):
+    """Each stage starts and selects something; without a GPU, none of it runs."""
+    monkeypatch.setattr(gpu, "sanitizer_program", lambda: None)
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer/__init__.py", "")
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("TRT_KERNELS_BENCH_TRITON", "")
+    out = tmp_path / "out"
+    assert gpu.main(["--dry-run", "--out", str(out), "--wheels", str(wheels)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["environment"]["wheels"] == ["peer-1.0"]
+    found = {s["name"]: (s["status"], s["detail"]) for s in results["stages"]}
+    assert tuple(found) == gpu.STAGES
+    for name, (status, detail) in found.items():
+        assert name in gpu.SANITIZERS or status == gpu.PASSED, (name, detail)
+    assert {path.name for path in out.iterdir()} == {"summary.md", "results.json", "log.txt"}
+
+
+def test_the_gpu_command_names_its_stages(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--stages", "lif,layers"])
+    assert "--stages: got 'layers', needs some of tests, lif, block" in capsys.readouterr().err
 
 
 def test_what_the_sanitizers_watch_is_right(capsys):
