@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 import trt_kernels as tk
-from benchmarks import baselines, clocks, gpu, peers, report, sanitized
+from benchmarks import baselines, clocks, gpu, peers, prebuild, report, sanitized
 from benchmarks.clocks import EventClock, GPUClock, HostClock, Replay, WallClock, count_kernels
 from benchmarks.measure import (
     Absent,
@@ -1112,3 +1114,32 @@ def test_the_gpu_command_names_its_stages(tmp_path, capsys):
 def test_what_the_sanitizers_watch_is_right(capsys):
     assert sanitized.main("reference", "cpu") == 0
     assert "cases of backend reference are right" in capsys.readouterr().out
+
+
+def test_a_prebuilt_module_comes_out_of_its_wheel(tmp_path, monkeypatch, capsys):
+    """With the module that is here in the place of one that takes minutes to build."""
+    here = Path(tk.ops.native._C.__file__)
+
+    def pip_wheel(command, **options):
+        if "wheel" not in command:
+            return real(command, **options)
+        assert options["env"]["TRT_KERNELS_CUDA_ARCHS"] == "90-real"
+        folder = Path(command[command.index("-w") + 1])
+        with zipfile.ZipFile(folder / "trt_kernels-1-py3-none-any.whl", "w") as wheel:
+            wheel.write(here, f"trt_kernels/{here.name}")
+
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", pip_wheel)
+    out = tmp_path / "out"
+    arguments = ["--archs", "90-real", "--out", str(out)]
+    assert prebuild.main([*arguments, "--glibc", "9.99"]) == 0
+    assert (out / here.name).read_bytes() == here.read_bytes()
+    assert prebuild.main([*arguments, "--glibc", "2.2"]) == 1
+    assert "newer than 2.2" in capsys.readouterr().out
+
+
+def test_a_wheel_without_a_module(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("trt_kernels/_C.pyi", "")
+    with pytest.raises(FileNotFoundError, match="a-1-py3-none-any.whl has no compiled module"):
+        prebuild.module_of(tmp_path / "a-1-py3-none-any.whl", tmp_path)
