@@ -2,8 +2,8 @@
 
 python -m benchmarks.prebuild --python python3.12 --archs "90-real;90-virtual" --out prebuilt
 
-The module is then copied into `trt_kernels/` there. It fits every PyTorch of that Python; the newest
-glibc that it asks for is printed, and refused if it is newer than --glibc.
+The module is then copied into `trt_kernels/` there. It fits every PyTorch of that Python; the
+newest glibc that it asks for is printed, and refused if it is newer than --glibc.
 """
 
 import argparse

@@ -1127,6 +1127,7 @@ def test_a_prebuilt_module_comes_out_of_its_wheel(tmp_path, monkeypatch, capsys)
         folder = Path(command[command.index("-w") + 1])
         with zipfile.ZipFile(folder / "trt_kernels-1-py3-none-any.whl", "w") as wheel:
             wheel.write(here, f"trt_kernels/{here.name}")
+        return None
 
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", pip_wheel)
@@ -1141,5 +1142,5 @@ def test_a_prebuilt_module_comes_out_of_its_wheel(tmp_path, monkeypatch, capsys)
 def test_a_wheel_without_a_module(tmp_path):
     with zipfile.ZipFile(tmp_path / "a-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("trt_kernels/_C.pyi", "")
-    with pytest.raises(FileNotFoundError, match="a-1-py3-none-any.whl has no compiled module"):
+    with pytest.raises(FileNotFoundError, match="has no compiled module"):
         prebuild.module_of(tmp_path / "a-1-py3-none-any.whl", tmp_path)
