@@ -57,7 +57,7 @@ def result_line(info: dict[str, Any]) -> str:
     ]
     parts += [f"{name} {times(record.ratio(name) or 0)}" for name in record.others]
     parts += [f"{name} skipped: {reason}" for name, reason in info["skipped"].items()]
-    parts += [f"{name} timed at the speed of its launches" for name in info.get("host_timed", ())]
+    parts += [f"{name} timed with the host's launches" for name in info.get("host_timed", ())]
     parts += [f"{name} FAILED: {reason}" for name, reason in info.get("failed", {}).items()]
     return "; ".join(parts)
 
@@ -151,6 +151,8 @@ def notes(records: list[Record]) -> Iterator[str]:
     for record in records:
         for name, reason in record.info.get("failed", {}).items():
             yield f"**{record.case}: {name} failed: {reason}**"
+        for name in record.info.get("host_timed", ()):
+            yield f"**{record.case}: {name} timed with the host's launches, not the GPU alone**"
         for key, value in record.info.items():
             if key.startswith("launches, "):
                 yield f"{record.case}: kernel launches of {key.removeprefix('launches, ')}: {value}"

@@ -250,6 +250,30 @@ def test_a_call_too_slow_to_launch_is_told_of(monkeypatch):
     assert clock.most_calls(call) == 1 and clock.times_host(call)
 
 
+@pytest.mark.parametrize("launching", (850e-6, 20e-3))
+def test_a_record_has_the_time_of_the_gpu_or_says_that_it_has_not(monkeypatch, launching):
+    """From the choice of calls to the record and its line in the report."""
+    clock = SlowHost(monkeypatch, launching)
+
+    def forward(x):
+        clock.call()
+        return 2 * x
+
+    def step():
+        return Step(forward, [torch.rand(8, requires_grad=True)], [torch.ones(8)])
+
+    monkeypatch.setattr("benchmarks.measure.copy_of", lambda size, device: step())
+    record = measure(Clock(), make_case(Variant("a", step()), Variant("b", step())), 1e-3, clock)
+    remarks = "\n".join(report.notes([Record(record)]))
+    if launching < clocks.LONGEST_WAIT:
+        for result in (record["copy"], *record["variants"].values()):
+            assert result["median"] == pytest.approx(50e-6)
+        assert record["host_timed"] == [] and "launches" not in remarks
+    else:
+        assert record["host_timed"] == ["a", "b", "copy"]
+        assert "case: a timed with the host's launches" in remarks
+
+
 def test_copies_fill_the_cache_some_times():
     clock = GPUClock(torch.device("cpu"))
     assert clock.copies(8) == 16
