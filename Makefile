@@ -99,9 +99,9 @@ bench: install
 	$(BIN)/python -m benchmarks.report $(OUT)/bench.json --out $(OUT)
 
 # On a machine with a GPU, after `pip install --no-build-isolation -e .` there: tests, benchmarks and
-# sanitizers, under nine minutes and without a network. STAGES=tests,lif,... chooses, SECONDS= limits
-# all of it, TRITON=1 times Triton's kernels too, WHEELS= is a folder with the peers' wheels. It installs nothing: PYTHON as given, else
-# that of .venv where there is one.
+# sanitizers, under nine minutes and without a network. STAGES=report,tests,lif,... chooses, SECONDS=
+# limits all of it, TRITON=1 times Triton's kernels too, WHEELS= is a folder with the peers' wheels.
+# It installs nothing: PYTHON as given, else that of .venv where there is one.
 GPU_PYTHON = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(PYTHON),$(or \
   $(wildcard $(BIN)/python),$(PYTHON)))
 gpu:

@@ -1,6 +1,6 @@
 """Tests, benchmarks and sanitizers on a GPU, in one command and within one limit of time.
 
-python -m benchmarks.gpu --out DIR [--stages tests,lif,...] [--seconds 320] [--triton]
+python -m benchmarks.gpu --out DIR [--stages report,tests,lif,...] [--seconds 320] [--triton]
 
 Each stage is a process with a limit of its own, one after the other, the most valuable first; what
 is measured is written after each: summary.md, results.json, log.txt and at most four plots in DIR.
@@ -10,11 +10,8 @@ passed: 0, or 1, or 2 without a GPU.
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,11 +21,22 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
+from benchmarks.gpu_stages import (
+    BENCHMARKS,
+    FAILED,
+    STAGES,
+    TIMED_OUT,
+    Outcome,
+    Stage,
+    chosen_stages,
+    every_stage,
+    rehearsed,
+)
 from benchmarks.records import Run, gpu_line, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,64 +44,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 535.0
 # For the report, at the end; and for a stage to end by itself once interrupted.
 RESERVED_SECONDS, GRACE_SECONDS = 20.0, 12.0
-TESTS_SECONDS, TRITON_SECONDS, SANITIZER_SECONDS = 100.0, 100.0, 40.0
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_block.py")
-# An illegal access, or a capture that fails, spoils the rest of its own process only. Stage, files,
-# cases, limit of time.
-PLAIN = "not compiled and not graph"
-BENCHMARKS = (
-    ("lif", ("bench_lif.py",), PLAIN, 70.0),
-    ("block", ("bench_batch_norm_lif.py",), PLAIN, 25.0),
-    ("penalty", ("bench_penalty.py",), PLAIN, 15.0),
-    ("step", ("bench_step.py",), PLAIN, 40.0),
-    ("options", ("bench_lif_options.py", "bench_packing.py"), PLAIN, 30.0),
-    ("loss", ("bench_loss.py",), PLAIN, 15.0),
-    ("accelerate", ("bench_acceleration.py",), PLAIN, 20.0),
-    ("graph", (".",), "graph", 30.0),
-    ("compile", (".",), "compiled", 30.0),
-)
-# Of a benchmark's time; the rest is for its start, and for the case that is running by then.
-BUDGET_FRACTION = 0.75
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# Every stage, the most valuable first: CUDA before Triton, and sanitizers last.
-STAGES = (
-    *("tests", "lif", "block", "penalty", "step", "options", "loss", "accelerate"),
-    *("triton", "graph", "compile", *SANITIZERS),
-)
+REHEARSAL_SECONDS = 60.0
 # Of the plots these, as far as they were drawn.
 KEPT_PLOTS = ("lif.png", "batch_norm_lif.png", "penalty.png", "step.png")
-# What compute-sanitizer says where the machine does not let it work.
-REFUSALS = ("Device not supported", "not supported on this device", "Unable to attach")
-PASSED, FAILED, TIMED_OUT, UNAVAILABLE = "passed", "FAILED", "TIMED OUT", "unavailable"
 LARGEST_LOG = 8 << 20
-
-
-@dataclass
-class Outcome:
-    """How a stage ended."""
-
-    name: str
-    status: str
-    seconds: float
-    detail: str
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def failed(self) -> bool:
-        return self.status not in (PASSED, UNAVAILABLE)
-
-
-@dataclass
-class Stage:
-    """A command with a limit of time, and how to read its end: (exit status, output) to a status,
-    a detail and notes."""
-
-    name: str
-    command: Sequence[str]
-    seconds: float
-    judge: Callable[[int, str], tuple[str, str, list[str]]]
-    environment: dict[str, str] = field(default_factory=dict)
-    echo: bool = False
 
 
 class Log:
@@ -188,155 +142,6 @@ def attempt(stage: Stage, seconds: float, log: Log) -> Outcome:
     return outcome
 
 
-# --- Stages.
-def pytest_command(python: str, *arguments: str) -> list[str]:
-    # A test that hangs shows where.
-    options = ("-p", "no:cacheprovider", "-o", "faulthandler_timeout=100", "--tb=short")
-    return [python, "-m", "pytest", *options, *arguments]
-
-
-def tests_stage(python: str, scratch: Path, triton: bool = False) -> Stage:
-    """The tests marked gpu, of Triton's kernels or of everything else; in several processes where
-    pytest-xdist is installed."""
-    name = "triton" if triton else "tests"
-    report = scratch / f"{name}.xml"
-    processes = "16" if triton else "8"  # Triton compiles for long
-    parallel = ("-n", processes) if importlib.util.find_spec("xdist") else ()
-    command = pytest_command(
-        python,
-        *("-m", "gpu", *TESTS, "-k", "triton" if triton else "not triton"),
-        *("-vv", "--durations=8", "--continue-on-collection-errors", f"--junitxml={report}"),
-        *parallel,
-    )
-    seconds = TRITON_SECONDS if triton else TESTS_SECONDS
-    return Stage(name, command, seconds, lambda code, output: judge_tests(code, output, report))
-
-
-def judge_tests(code: int, output: str, report: Path) -> tuple[str, str, list[str]]:
-    try:
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        return FAILED, f"exit status {code}, no report; {last_line(output)}", failures_in(output)
-    failed = [case for case in cases if any(case.find(kind) is not None for kind in BAD)]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    passed = len(cases) - len(failed) - len(skipped)
-    notes = [f"failed: {case.get('name')}: {message(case, *BAD)}" for case in failed]
-    reasons = [message(case, "skipped") for case in skipped]
-    notes += [f"skipped {reasons.count(r)}: {r}" for r in dict.fromkeys(reasons)]
-    detail = f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped"
-    return PASSED if code == 0 and passed else FAILED, detail, notes
-
-
-BAD = ("failure", "error")
-
-
-def message(case: ElementTree.Element, *kinds: str) -> str:
-    """The first line of what a test case says."""
-    for kind in kinds:
-        found = case.find(kind)
-        if found is not None:
-            return (found.get("message") or found.text or "").strip().splitlines()[0][:300]
-    return ""
-
-
-def last_line(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no output"
-
-
-def failures_in(output: str) -> list[str]:
-    """Pytest's own lines on failures, each once."""
-    lines = (line[:300] for line in output.splitlines() if line.startswith(("FAILED", "ERROR")))
-    return list(dict.fromkeys(lines))
-
-
-def sanitizer_program() -> str | None:
-    folders = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [f"{folder}/bin" for folder in (*folders, "/usr/local/cuda") if folder]
-    return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=os.pathsep.join(places)
-    )
-
-
-def sanitizer_stage(program: str, tool: str, python: str) -> Stage:
-    # Errors that a CUDA call returns are its caller's to handle: torch probes what is there.
-    options = ("--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
-    if tool == "memcheck":
-        options = (*options, "--report-api-errors", "no")
-    command = [program, *options, python, "-m", "benchmarks.sanitized", "cuda"]
-    # Every tensor an allocation of its own, or an access past its end would fall into another.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Stage(tool, command, SANITIZER_SECONDS, judge_sanitizer, environment)
-
-
-def judge_sanitizer(code: int, output: str) -> tuple[str, str, list[str]]:
-    for refusal in REFUSALS:
-        if refusal in output:
-            return UNAVAILABLE, f"compute-sanitizer says: {refusal}", []
-    summaries = re.findall(r"=+ (\w+ SUMMARY: .*)", output)
-    rights = re.findall(r"^\d+ of \d+ cases of backend .*", output, re.MULTILINE)
-    detail = "; ".join([*summaries, *rights]) or f"exit status {code}; {last_line(output)}"
-    clean = bool(summaries) and all(re.search(r"SUMMARY: 0 ", s) for s in summaries)
-    notes = [line[:300] for line in output.splitlines() if line.startswith("WRONG")]
-    notes += list(
-        dict.fromkeys(re.findall(r"=+ ((?:Invalid|Error:|Uninit|Race|Program).*)", output))
-    )
-    return PASSED if code == 0 and clean and rights else FAILED, detail, notes[:20]
-
-
-def sanitizer_stages(python: str) -> list[Stage | Outcome]:
-    program = sanitizer_program()
-    if program is None:
-        return [Outcome(t, UNAVAILABLE, 0.0, "no compute-sanitizer here") for t in SANITIZERS]
-    return [sanitizer_stage(program, tool, python) for tool in SANITIZERS]
-
-
-def benchmark_stages(python: str, scratch: Path, device: str = "cuda") -> list[Stage]:
-    stages = []
-    for index, (name, paths, selection, seconds) in enumerate(BENCHMARKS):
-        command = pytest_command(
-            python,
-            *(str(Path("benchmarks") / path) for path in paths),
-            *("--device", device, "-k", selection, "--benchmark-quiet"),
-            f"--benchmark-json={scratch / f'bench{index}.json'}",
-            f"--time-budget={BUDGET_FRACTION * seconds:.0f}",
-        )
-        stages.append(Stage(name, command, seconds, judge_benchmarks, echo=True))
-    return stages
-
-
-def judge_benchmarks(code: int, output: str) -> tuple[str, str, list[str]]:
-    notes = failures_in(output)
-    return PASSED if code == 0 else FAILED, last_line(output), notes
-
-
-# --- Everything together.
-def every_stage(python: str, scratch: Path) -> dict[str, Stage | Outcome]:
-    """All stages by name, in their order."""
-    stages = [
-        tests_stage(python, scratch),
-        tests_stage(python, scratch, triton=True),
-        *benchmark_stages(python, scratch),
-        *sanitizer_stages(python),
-    ]
-    return {stage.name: stage for stage in sorted(stages, key=lambda s: STAGES.index(s.name))}
-
-
-def rehearsed(stage: Stage | Outcome) -> Stage | Outcome:
-    """The stage as far as it goes without a GPU: what it selects is collected."""
-    if isinstance(stage, Outcome) or "pytest" not in stage.command:
-        return stage
-    command = [*stage.command, "--collect-only", "-p", "no:xdist"]
-    if "-n" in command:
-        del command[(at := command.index("-n")) : at + 2]
-    return replace(stage, command=command, judge=judge_collection)
-
-
-def judge_collection(code: int, output: str) -> tuple[str, str, list[str]]:
-    """Pytest ends with another status where it selects nothing."""
-    return PASSED if code == 0 else FAILED, last_line(output), failures_in(output)
-
-
 def run_all(
     stages: Sequence[Stage | Outcome],
     log: Log,
@@ -352,6 +157,17 @@ def run_all(
         outcomes.append(stage)
         written(outcomes)
     return outcomes
+
+
+def rehearse(stages: Sequence[Stage | Outcome], log: Log) -> list[Outcome]:
+    """What `rehearsed` leaves of the stages, two at a time: nothing is timed."""
+    ready = [rehearsed(stage, sys.executable) for stage in stages]
+
+    def outcome(stage: Stage | Outcome) -> Outcome:
+        return stage if isinstance(stage, Outcome) else attempt(stage, REHEARSAL_SECONDS, log)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(outcome, ready))
 
 
 def unpacked_wheels(wheels: Path, folder: Path) -> list[str]:
@@ -415,19 +231,17 @@ def summary(environment: dict[str, Any], outcomes: list[Outcome], run: Run | Non
 
 
 def describe() -> dict[str, Any]:
-    """The machine and the installation, whatever can be found out."""
+    """The machine, whatever can be found out; the stage "report" describes the installation."""
     environment: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": "unknown GPU"}
+    environment["report"] = "not asked for: --stages report"
     try:
         from benchmarks import machine
 
         environment["gpu"] = machine.gpu()
         environment["nvidia-smi"] = machine.nvidia_smi()
         environment["machine"] = gpu_line(environment["gpu"])
-        import trt_kernels as tk
-
-        environment["report"] = str(tk.report())
     except Exception:
-        environment["report"] = traceback.format_exc()
+        environment["error"] = traceback.format_exc()
     return environment
 
 
@@ -458,6 +272,14 @@ def why_no_gpu() -> str | None:
     return f"no GPU run: torch {torch.__version__} finds no CUDA device here"
 
 
+def names_of_stages(text: str) -> list[str]:
+    """`chosen_stages`, with its error as argparse prints one."""
+    try:
+        return chosen_stages(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -465,7 +287,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=LIMIT_SECONDS, help="limit of all stages")
     parser.add_argument(
-        "--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}; default: all"
+        "--stages",
+        type=names_of_stages,
+        default=list(STAGES),
+        help=f"of {', '.join(STAGES)}; default: all",
     )
     parser.add_argument("--triton", action="store_true", help="time Triton's kernels beside CUDA's")
     parser.add_argument("--wheels", type=Path, help="a folder with the peers' wheels, to be used")
@@ -473,10 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--dry-run", action="store_true", help="without a GPU: collect what each stage would run"
     )
     options = parser.parse_args(arguments)
-    chosen = options.stages.split(",")
-    unknown = [name for name in chosen if name not in STAGES]
-    if unknown:
-        parser.error(f"--stages: got {unknown[0]!r}, needs some of {', '.join(STAGES)}")
+    chosen = options.stages
     if options.wheels is not None and not options.wheels.is_dir():
         parser.error(f"--wheels: got {options.wheels}, needs a folder")
     reason = None if options.dry_run else why_no_gpu()
@@ -488,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     log = Log(options.out / "log.txt")
     environment = describe()
     print(environment["machine"], flush=True)
-    log.write(f"{environment['machine']}\n{environment['report']}\n")
+    log.write(f"{environment['machine']}\n{environment.get('error', '')}\n")
     os.environ["TRT_KERNELS_BENCH_TRITON"] = "1" if options.triton else "0"
     with tempfile.TemporaryDirectory(prefix="trt_kernels_gpu_") as folder:
         scratch = Path(folder)
@@ -498,13 +320,17 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
         def written(outcomes: list[Outcome]) -> None:
+            report = scratch / "report.txt"
+            if report.exists():
+                environment["report"] = report.read_text(errors="replace")
             write_results(options.out, scratch, environment, outcomes)
 
         every = every_stage(sys.executable, scratch)
         stages = [every[name] for name in every if name in chosen]
         if options.dry_run:
-            stages = [rehearsed(stage) for stage in stages]
-        outcomes = run_all(stages, log, deadline, written)
+            written(outcomes := rehearse(stages, log))
+        else:
+            outcomes = run_all(stages, log, deadline, written)
         run = write_results(options.out, scratch, environment, outcomes)
         drawn = draw(run, options.out, log)
     print_end(options.out, outcomes, run)

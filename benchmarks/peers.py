@@ -5,6 +5,7 @@ and the same neuron of this package's reference, which its results are held to. 
 is not installed the import raises.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,8 @@ def spikingjelly_choice(device: torch.device, implementation: str) -> Callable[[
     compared in one process. It sets what SJ_LIF_CUDA_IMPLEMENTATION sets for a process."""
     if device.type == "cpu":
         return lambda: None
+    if implementation == "triton" and os.environ.get("TRT_KERNELS_BENCH_TRITON") == "0":
+        raise ImportError("not asked for: make gpu TRITON=1")
     from spikingjelly._ops.lif import _selection
 
     found: dict[Any, Any] = {}  # what the library remembers of a choice

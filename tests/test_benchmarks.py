@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 import trt_kernels as tk
-from benchmarks import baselines, clocks, gpu, peers, prebuild, report, sanitized
+from benchmarks import baselines, clocks, gpu, gpu_stages, peers, prebuild, report, sanitized
 from benchmarks.clocks import EventClock, GPUClock, HostClock, Replay, WallClock, count_kernels
 from benchmarks.measure import (
     Absent,
@@ -979,8 +979,8 @@ def test_gpu_targets_are_judged_or_said_to_be_unmeasured(tmp_path, results):
     assert not on_cpu & {"`trt_penalty`, kernel launches", "SpikingJelly under AMP ÷ `lif`"}
 
 
-def python(name, code, seconds=60.0, judge=gpu.judge_benchmarks):
-    return gpu.Stage(name, [sys.executable, "-c", code], seconds, judge)
+def python(name, code, seconds=60.0, judge=gpu_stages.judge_benchmarks):
+    return gpu_stages.Stage(name, [sys.executable, "-c", code], seconds, judge)
 
 
 def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeypatch, capsys):
@@ -994,9 +994,13 @@ def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeyp
     deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"
     orphan = "import subprocess; subprocess.Popen(['sleep', '60']); print('left')"
     stages = [
-        gpu.Outcome("memcheck", gpu.UNAVAILABLE, 0.0, "no compute-sanitizer here"),
-        python("initcheck", "print('= Device not supported'); exit(1)", judge=gpu.judge_sanitizer),
-        gpu.Stage("missing", ["/nowhere"], 9.0, gpu.judge_sanitizer),
+        gpu_stages.Outcome("memcheck", gpu_stages.UNAVAILABLE, 0.0, "no compute-sanitizer here"),
+        python(
+            "initcheck",
+            "print('= Device not supported'); exit(1)",
+            judge=gpu_stages.judge_sanitizer,
+        ),
+        gpu_stages.Stage("missing", ["/nowhere"], 9.0, gpu_stages.judge_sanitizer),
         python("good", "print('3 passed')"),
         python("bad", "print('FAILED x - y'); exit(1)"),
         python("slow", interrupted, 6.0),
@@ -1016,14 +1020,14 @@ def test_gpu_command_runs_every_stage_and_writes_what_there_is(tmp_path, monkeyp
     assert read([out / "results.json"]).machine == "NVIDIA Test"
     stages = {s["name"]: s for s in json.loads((out / "results.json").read_text())["stages"]}
     assert {name: s["status"] for name, s in stages.items()} == {
-        "missing": gpu.FAILED,
-        "memcheck": gpu.UNAVAILABLE,
-        "initcheck": gpu.UNAVAILABLE,
-        "good": gpu.PASSED,
-        "bad": gpu.FAILED,
-        "slow": gpu.TIMED_OUT,
-        "deaf": gpu.TIMED_OUT,
-        "orphan": gpu.PASSED,
+        "missing": gpu_stages.FAILED,
+        "memcheck": gpu_stages.UNAVAILABLE,
+        "initcheck": gpu_stages.UNAVAILABLE,
+        "good": gpu_stages.PASSED,
+        "bad": gpu_stages.FAILED,
+        "slow": gpu_stages.TIMED_OUT,
+        "deaf": gpu_stages.TIMED_OUT,
+        "orphan": gpu_stages.PASSED,
     }
     assert stages["slow"]["detail"].endswith("saved")
     names = {"summary.md", "results.json", "log.txt", "lif.png"}
@@ -1059,15 +1063,15 @@ def test_gpu_command_without_a_gpu(tmp_path, capsys):
 
 def test_gpu_command_reads_test_reports(tmp_path):
     path = tmp_path / "tests.xml"
-    status, detail, _ = gpu.judge_tests(2, "Interrupted\n", path)
-    assert status == gpu.FAILED and detail == "exit status 2, no report; Interrupted"
+    status, detail, _ = gpu_stages.judge_tests(2, "Interrupted\n", path)
+    assert status == gpu_stages.FAILED and detail == "exit status 2, no report; Interrupted"
     path.write_text(
         "<testsuites><testsuite><testcase name='a'/><testcase name='b'><skipped message='no 2'/>"
         "</testcase><testcase name='c'><failure message='assert 1&#10;more'/></testcase>"
         "</testsuite></testsuites>"
     )
-    assert gpu.judge_tests(1, "", path) == (
-        gpu.FAILED,
+    assert gpu_stages.judge_tests(1, "", path) == (
+        gpu_stages.FAILED,
         "1 passed, 1 failed, 1 skipped",
         ["failed: c: assert 1", "skipped 1: no 2"],
     )
@@ -1076,42 +1080,99 @@ def test_gpu_command_reads_test_reports(tmp_path):
 @pytest.mark.parametrize(
     "code,line,status",
     (
-        (0, "ERROR SUMMARY: 0 errors", gpu.PASSED),
-        (9, "ERROR SUMMARY: 3 errors", gpu.FAILED),
-        (0, "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", gpu.PASSED),
-        (0, "RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", gpu.FAILED),
-        (0, "", gpu.FAILED),
-        (1, "Error: Device not supported.", gpu.UNAVAILABLE),
+        (0, "ERROR SUMMARY: 0 errors", gpu_stages.PASSED),
+        (9, "ERROR SUMMARY: 3 errors", gpu_stages.FAILED),
+        (0, "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", gpu_stages.PASSED),
+        (0, "RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)", gpu_stages.FAILED),
+        (0, "", gpu_stages.FAILED),
+        (1, "Error: Device not supported.", gpu_stages.UNAVAILABLE),
     ),
 )
 def test_gpu_command_reads_sanitizers(code, line, status):
     output = f"64 of 64 cases of backend cuda are right\n========= {line}\n"
-    assert gpu.judge_sanitizer(code, output)[0] == status
+    assert gpu_stages.judge_sanitizer(code, output)[0] == status
+
+
+FIRST = "report,tests,lif,block,penalty,step,ncu"
 
 
 def test_stages_of_the_gpu_command(tmp_path, monkeypatch):
-    stages = gpu.benchmark_stages("python", tmp_path)
+    stages = gpu_stages.benchmark_stages("python", tmp_path)
     assert [s.command[-1].split("=")[0] for s in stages] == ["--time-budget"] * len(stages)
     files = {word for s in stages for word in s.command if word.startswith("benchmarks/bench_")}
     assert files == {str(p.relative_to(gpu.ROOT)) for p in gpu.ROOT.glob("benchmarks/bench_*.py")}
-    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
-    assert {o.status for o in gpu.sanitizer_stages("python")} == {gpu.UNAVAILABLE}
-    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: name)
-    every = gpu.every_stage("python", tmp_path)
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name, path=None: None)
+    assert {o.status for o in gpu_stages.sanitizer_stages("python")} == {gpu_stages.UNAVAILABLE}
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name, path=None: name)
+    every = gpu_stages.every_stage("python", tmp_path)
     assert tuple(every) == gpu.STAGES
-    seconds = sum(stage.seconds for stage in every.values()) - gpu.SANITIZER_SECONDS * 3
+    seconds = sum(stage.seconds for stage in every.values()) - gpu_stages.SANITIZER_SECONDS * 3
     assert seconds <= gpu.LIMIT_SECONDS - gpu.RESERVED_SECONDS < 9 * 60
-    first = sum(every[name].seconds for name in ("tests", "lif", "block", "penalty", "step"))
+    first = sum(every[name].seconds for name in FIRST.split(","))
     assert first + gpu.RESERVED_SECONDS <= 320
-    # What comes back is seven files.
-    assert len(gpu.KEPT_PLOTS) + len(("summary.md", "results.json", "log.txt")) == 7
-    assert "triton" in every["triton"].command and "not triton" in every["tests"].command
+    for page in ("README.md", "benchmarks/README.md"):
+        assert f"make gpu STAGES={FIRST} SECONDS=320" in (gpu.ROOT / page).read_text()
+    # Inductor's kernels are Triton's.
+    assert "triton or inductor" in every["triton"].command
+    assert gpu_stages.NO_TRITON in every["tests"].command
+
+
+def test_the_gpu_command_leaves_seven_files(tmp_path, monkeypatch):
+    """However many plots there are."""
+    plots = pytest.importorskip("benchmarks.plots")
+    drawn = []
+
+    def draw(run, folder):
+        drawn.extend(folder / name for name in (*gpu.KEPT_PLOTS, "steps.png", "memory.png"))
+        for path in drawn:
+            path.touch()
+        return drawn
+
+    monkeypatch.setattr(plots, "draw", draw)
+    gpu_json(tmp_path / "bench0.json")
+    out = tmp_path / "out"
+    out.mkdir()
+    log = gpu.Log(out / "log.txt")
+    environment = {"machine": "NVIDIA Test", "date": "2026-11-25", "report": ""}
+    assert gpu.draw(gpu.write_results(out, tmp_path, environment, []), out, log)
+    assert len(drawn) > 4 and len(list(out.iterdir())) == 7
+
+
+def test_triton_is_timed_only_where_it_is_asked_for(monkeypatch):
+    """SpikingJelly's, too: a run of CUDA compiles nothing by Triton."""
+    pytest.importorskip("spikingjelly")
+    monkeypatch.setenv("TRT_KERNELS_BENCH_TRITON", "0")
+    with pytest.raises(ImportError, match="make gpu TRITON=1"):
+        peers.spikingjelly_choice(torch.device("cuda"), "triton")
+
+
+NCU = """==PROF== Connected to process 1
+lif and batch_norm_lif, torch.float32
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","void plain_backward_kernel<float, 4>(Rules<float>, LIFBackward)","{}","ns","104,512"
+"0","1","void plain_backward_kernel<float, 4>(Rules<float>, LIFBackward)","{}","%","61.5"
+"""
+
+
+def test_gpu_command_reads_ncu(monkeypatch):
+    output = NCU.format(*gpu_stages.METRICS)
+    note = "void plain_backward_kernel<float, 4>: time 104,512 ns, issue slots busy 61.5 %"
+    assert gpu_stages.judge_ncu(0, output) == (gpu_stages.PASSED, "1 launches", [note])
+    assert gpu_stages.judge_ncu(1, output)[0] == gpu_stages.FAILED
+    assert gpu_stages.judge_ncu(0, "==PROF== no kernels")[0] == gpu_stages.FAILED
+    refused = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission"
+    assert gpu_stages.judge_ncu(1, refused)[0] == gpu_stages.UNAVAILABLE
+    monkeypatch.setattr(gpu_stages.shutil, "which", lambda name, path=None: None)
+    assert gpu_stages.ncu_stage("python").status == gpu_stages.UNAVAILABLE
 
 
 @pytest.mark.slow
 def test_a_dry_run_of_the_gpu_command_finds_every_test_and_case(tmp_path, monkeypatch):
-    """Each stage starts and selects something; without a GPU, none of it runs."""
-    monkeypatch.setattr(gpu, "sanitizer_program", lambda: None)
+    """Each stage starts with its own command line and selects something.
+
+    It cannot see whether anything runs on a GPU or fits its limit of time, nor the options of ncu
+    and compute-sanitizer, nor pytest-xdist's processes: benchmarks and tests are only collected,
+    and the programs that ncu and the sanitizers watch run on the CPU, unwatched."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "peer-1.0-py3-none-any.whl", "w") as wheel:
@@ -1125,14 +1186,20 @@ def test_a_dry_run_of_the_gpu_command_finds_every_test_and_case(tmp_path, monkey
     found = {s["name"]: (s["status"], s["detail"]) for s in results["stages"]}
     assert tuple(found) == gpu.STAGES
     for name, (status, detail) in found.items():
-        assert name in gpu.SANITIZERS or status == gpu.PASSED, (name, detail)
+        expected = "unavailable" if name in ("racecheck", "initcheck") else gpu_stages.PASSED
+        assert status == expected, (name, detail)
+    for name in ("tests", "triton", *(benchmark[0] for benchmark in gpu_stages.BENCHMARKS)):
+        assert int(found[name][1].removesuffix(" collected")) > 0
+    assert "available" in results["environment"]["report"]
     assert {path.name for path in out.iterdir()} == {"summary.md", "results.json", "log.txt"}
 
 
 def test_the_gpu_command_names_its_stages(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--stages", "lif,layers"])
-    assert "--stages: got 'layers', needs some of tests, lif, block" in capsys.readouterr().err
+    assert (
+        "--stages: got 'layers', needs some of report, tests, lif, block" in capsys.readouterr().err
+    )
 
 
 def test_what_the_sanitizers_watch_is_right(capsys):
