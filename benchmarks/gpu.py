@@ -47,6 +47,8 @@ RESERVED_SECONDS, GRACE_SECONDS = 20.0, 12.0
 REHEARSAL_SECONDS = 60.0
 # Of the plots these, as far as they were drawn.
 KEPT_PLOTS = ("lif.png", "batch_norm_lif.png", "penalty.png", "step.png")
+# Of the folder --wheels, in the summary.
+WHEELS = {"Wheels used": "wheels", "Wheels left out, not pure Python": "wheels left out"}
 LARGEST_LOG = 8 << 20
 
 
@@ -170,12 +172,19 @@ def rehearse(stages: Sequence[Stage | Outcome], log: Log) -> list[Outcome]:
         return list(pool.map(outcome, ready))
 
 
-def unpacked_wheels(wheels: Path, folder: Path) -> list[str]:
-    """Unpacks the wheels of a folder, which is how pure Python is installed, and names them."""
-    found = sorted(wheels.glob("*.whl"))
-    for wheel in found:
-        zipfile.ZipFile(wheel).extractall(folder)
-    return ["-".join(wheel.name.split("-")[:2]) for wheel in found]
+def unpacked_wheels(wheels: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Unpacks a folder's wheels of pure Python, which is how they are installed.
+
+    Returns names and versions of these, and file names of those that must be installed."""
+    found, refused = [], []
+    for wheel in sorted(wheels.glob("*.whl")):
+        if not wheel.name.endswith("-none-any.whl"):
+            refused.append(wheel.name)
+            continue
+        with zipfile.ZipFile(wheel) as content:
+            content.extractall(folder)
+        found.append(" ".join(wheel.name.split("-")[:2]))
+    return found, refused
 
 
 def read_records(scratch: Path) -> Run | None:
@@ -223,6 +232,9 @@ def summary(environment: dict[str, Any], outcomes: list[Outcome], run: Run | Non
     notes = [f"* {o.name}: {note}" for o in outcomes for note in o.notes]
     if notes:
         yield from ("", *notes)
+    for title, key in WHEELS.items():
+        if key in environment:
+            yield from ("", f"{title}: {', '.join(environment[key]) or 'none'}.")
     if run is None:
         yield from ("", "No benchmark was measured.")
     else:
@@ -315,7 +327,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="trt_kernels_gpu_") as folder:
         scratch = Path(folder)
         if options.wheels is not None:
-            environment["wheels"] = unpacked_wheels(options.wheels, scratch / "wheels")
+            found, refused = unpacked_wheels(options.wheels, scratch / "wheels")
+            environment["wheels"], environment["wheels left out"] = found, refused
             paths = (str(scratch / "wheels"), os.environ.get("PYTHONPATH", ""))
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 

@@ -1138,6 +1138,30 @@ def test_the_gpu_command_leaves_seven_files(tmp_path, monkeypatch):
     assert len(drawn) > 4 and len(list(out.iterdir())) == 7
 
 
+def test_wheels_of_a_folder_serve_the_stages(tmp_path, monkeypatch):
+    """A stage imports what a wheel holds; one that is not pure Python is named and left out."""
+    wheels, out = tmp_path / "wheels", tmp_path / "out"
+    wheels.mkdir()
+    for name in ("peer-1.0-py3-none-any.whl", "other-2.0-cp312-cp312-linux_x86_64.whl"):
+        with zipfile.ZipFile(wheels / name, "w") as wheel:
+            wheel.writestr(f"{name.split('-')[0]}_of_a_wheel.py", "print('it is here')")
+    code = "import peer_of_a_wheel\ntry: import other_of_a_wheel\nexcept ImportError: pass"
+    stage = python("report", code)
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "every_stage", lambda python, scratch: {"report": stage})
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("TRT_KERNELS_BENCH_TRITON", "")
+    arguments = ["--out", str(out), "--stages", "report", "--wheels", str(wheels)]
+    assert gpu.main(arguments) == 0
+    (ended,) = json.loads((out / "results.json").read_text())["stages"]
+    assert ended["status"] == gpu_stages.PASSED and ended["detail"] == "it is here"
+    text = (out / "summary.md").read_text()
+    assert "Wheels used: peer 1.0." in text
+    assert "not pure Python: other-2.0-cp312-cp312-linux_x86_64.whl." in text
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(out), "--wheels", str(tmp_path / "none")])
+
+
 def test_triton_is_timed_only_where_it_is_asked_for(monkeypatch):
     """SpikingJelly's, too: a run of CUDA compiles nothing by Triton."""
     pytest.importorskip("spikingjelly")
@@ -1182,7 +1206,7 @@ def test_a_dry_run_of_the_gpu_command_finds_every_test_and_case(tmp_path, monkey
     out = tmp_path / "out"
     assert gpu.main(["--dry-run", "--out", str(out), "--wheels", str(wheels)]) == 0
     results = json.loads((out / "results.json").read_text())
-    assert results["environment"]["wheels"] == ["peer-1.0"]
+    assert results["environment"]["wheels"] == ["peer 1.0"]
     found = {s["name"]: (s["status"], s["detail"]) for s in results["stages"]}
     assert tuple(found) == gpu.STAGES
     for name, (status, detail) in found.items():
