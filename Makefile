@@ -8,7 +8,7 @@ OLDEST_TRITON := $(VENV)/oldest-triton
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install test test-baseline fake-gpu on-host test-cpp test-sanitized fuzz mutate bench gpu docs lint format clean
+.PHONY: install test test-baseline fake-gpu on-host test-cpp test-sanitized fuzz mutate bench gpu prebuild docs lint format clean
 
 install: $(VENV)/installed
 
@@ -107,6 +107,12 @@ GPU_PYTHON = $(if $(filter command environment,$(firstword $(origin PYTHON))),$(
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(STAGES),--stages $(STAGES)) \
 	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(TRITON),--triton) $(if $(WHEELS),--wheels $(WHEELS))
+
+# The compiled module for another Python, in $(OUT)/prebuilt: FOR=python3.12 ARCHS="90-real;90-virtual".
+FOR ?= python3.12
+ARCHS ?= 90-real;90-virtual
+prebuild: $(VENV)/requirements
+	$(BIN)/python -m benchmarks.prebuild --python $(FOR) --archs "$(ARCHS)" --out $(OUT)/prebuilt
 
 # The pages of docs/ as a site in out/docs, which opens from the disk; a warning is an error.
 docs: $(VENV)/requirements

@@ -1,7 +1,9 @@
 """The benchmark suite itself: its helper, its baselines and its report."""
 
+import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -1231,31 +1233,63 @@ def test_what_the_sanitizers_watch_is_right(capsys):
     assert "cases of backend reference are right" in capsys.readouterr().out
 
 
-def test_a_prebuilt_module_comes_out_of_its_wheel(tmp_path, monkeypatch, capsys):
+def other_python():
+    """An interpreter of another version that the package serves, or None."""
+    root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    for version in ("3.12", "3.13", "3.11", "3.10"):
+        if version == f"{sys.version_info[0]}.{sys.version_info[1]}":
+            continue
+        # A shim of pyenv is on PATH and fails, where its version is not chosen.
+        for found in (f"python{version}", *root.glob(f"versions/{version}.*/bin/python")):
+            code = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
+            with contextlib.suppress(OSError):
+                done = subprocess.run([found, "-c", code], capture_output=True, text=True)
+                if done.returncode == 0:
+                    return str(found), done.stdout.strip()
+    return None
+
+
+@pytest.mark.slow
+def test_a_module_is_built_for_another_python(tmp_path, monkeypatch, capfd):
+    """Of the CPU's part, without optimisation; that Python needs no package for it."""
+    other = other_python()
+    if other is None:
+        pytest.skip("no other Python from 3.10 to 3.13 is here")
+    quick = "-DTRT_KERNELS_OPTIMIZE=0 -DCMAKE_CXX_FLAGS_RELEASE=-O0"
+    monkeypatch.setenv(
+        "CMAKE_ARGS",
+        f"{quick} -DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF -DTRT_KERNELS_ONLY_BASELINE=ON",
+    )
+    name, suffix = other
+    out = tmp_path / "out"
+    arguments = ["--python", name, "--archs", "", "--out", str(out), "--glibc", "9.99"]
+    assert prebuild.main(arguments) == 0
+    assert [path.name for path in out.iterdir()] == [f"_C{suffix}"]
+    assert "copy it into trt_kernels/ there" in capfd.readouterr().out
+
+
+def test_a_prebuilt_module_is_checked(tmp_path, monkeypatch, capsys):
     """With the module that is here in the place of one that takes minutes to build."""
     here = Path(tk.ops.native._C.__file__)
-
-    def pip_wheel(command, **options):
-        if "wheel" not in command:
-            return real(command, **options)
-        assert options["env"]["TRT_KERNELS_CUDA_ARCHS"] == "90-real"
-        folder = Path(command[command.index("-w") + 1])
-        with zipfile.ZipFile(folder / "trt_kernels-1-py3-none-any.whl", "w") as wheel:
-            wheel.write(here, f"trt_kernels/{here.name}")
-        return None
-
-    real = subprocess.run
-    monkeypatch.setattr(subprocess, "run", pip_wheel)
-    out = tmp_path / "out"
-    arguments = ["--archs", "90-real", "--out", str(out)]
-    assert prebuild.main([*arguments, "--glibc", "9.99"]) == 0
-    assert (out / here.name).read_bytes() == here.read_bytes()
-    assert prebuild.main([*arguments, "--glibc", "2.2"]) == 1
+    monkeypatch.setattr(prebuild, "build", lambda python, archs, out: here)
+    assert prebuild.main(["--glibc", "9.99"]) == 0
+    assert prebuild.main(["--glibc", "2.2"]) == 1
     assert "newer than 2.2" in capsys.readouterr().out
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"")
+    monkeypatch.setattr(prebuild, "build", lambda python, archs, out: broken)
+    monkeypatch.setattr(prebuild, "newest_glibc", lambda module: (2, 17))
+    assert prebuild.main([]) == 1
+    assert "cannot be imported" in capsys.readouterr().out
 
 
-def test_a_wheel_without_a_module(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a-1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("trt_kernels/_C.pyi", "")
-    with pytest.raises(FileNotFoundError, match="has no compiled module"):
-        prebuild.module_of(tmp_path / "a-1-py3-none-any.whl", tmp_path)
+def test_a_build_without_a_module_is_an_error(tmp_path, monkeypatch):
+    seen = {}
+
+    def run(command, env, **options):
+        seen.update(env)
+
+    monkeypatch.setattr(prebuild.subprocess, "run", run)
+    with pytest.raises(FileNotFoundError, match="left no compiled module"):
+        prebuild.build("python", "90-real", tmp_path)
+    assert seen["TRT_KERNELS_CUDA"] == "1" and seen["TRT_KERNELS_CUDA_ARCHS"] == "90-real"
