@@ -1297,4 +1297,15 @@ EXAMPLES = (
     ),
 )
 
-FAULTS = (*MATH, *CPU, *CUDA, *BUILD, *TRITON, *PYTHON, *EXAMPLES)
+BENCHMARKS = (
+    Mutation(
+        "a-clock-that-times-the-host",
+        "benchmarks/clocks.py",
+        "return max(1.0, LONGEST_WAIT // (SPARE * self._launching[run]))",
+        "return math.inf",
+        ("tests/test_benchmarks.py::test_a_record_has_the_time_of_the_gpu_or_says_so",),
+        "more calls in a timed run than the host launches while the GPU waits",
+    ),
+)
+
+FAULTS = (*MATH, *CPU, *CUDA, *BUILD, *TRITON, *PYTHON, *EXAMPLES, *BENCHMARKS)

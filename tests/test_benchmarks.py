@@ -253,7 +253,7 @@ def test_a_call_too_slow_to_launch_is_told_of(monkeypatch):
 
 
 @pytest.mark.parametrize("launching", (850e-6, 20e-3))
-def test_a_record_has_the_time_of_the_gpu_or_says_that_it_has_not(monkeypatch, launching):
+def test_a_record_has_the_time_of_the_gpu_or_says_so(monkeypatch, launching):
     """From the choice of calls to the record and its line in the report."""
     clock = SlowHost(monkeypatch, launching)
 
