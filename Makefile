@@ -6,9 +6,11 @@ OUT ?= out
 # What PyTorch 2.11 brings, the oldest that the package serves.
 OLDEST_TRITON := $(VENV)/oldest-triton
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests/csrc tests/fake_gpu \
+  -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: install test test-baseline fake-gpu on-host test-cpp test-sanitized fuzz mutate bench gpu prebuild docs lint format clean
+.PHONY: install test test-baseline fake-gpu on-host test-cpp test-sanitized fuzz mutate bench gpu \
+  prebuild docs lint format clean
 
 install: $(VENV)/installed
 
@@ -29,13 +31,12 @@ test: install on-host
 	TRT_KERNELS_TEST_TRITON=$(OLDEST_TRITON) $(BIN)/python -m pytest -n auto
 
 # The tests that train, as a processor with neither AVX would compute them.
-TRAINING_TESTS = tests/examples/test_train.py tests/test_penalty_training.py \
-  tests/test_distributed.py tests/test_acceleration.py
-COMPARING = two_processes or backends_agree or train_the_same or same_numbers or penalty_training \
-  or distributed or training or losses
+TRAINING_TESTS = tests/test_penalty_training.py tests/test_distributed.py \
+  $(patsubst %,tests/examples/test_train.py::test_%,two_processes_train_as_one backends_agree \
+    packed_spikes_train_the_same a_killed_run_resumes_to_the_same_numbers)
 test-baseline: install on-host
 	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default TRT_KERNELS_TEST_LEVEL=baseline \
-	  $(BIN)/python -m pytest -n auto $(TRAINING_TESTS) -k "$(COMPARING)"
+	  $(BIN)/python -m pytest -n auto $(TRAINING_TESTS)
 
 # Every Triton kernel compiled and launched for three architectures and two Tritons, on a driver that
 # computes nothing, then Triton's tests marked gpu on it without their comparisons: twenty minutes.
@@ -91,7 +92,8 @@ fuzz: install on-host
 
 # Deliberate faults, one by one in a copy of the tree: each must fail a test. Half an hour; ONLY=name for one.
 mutate: $(VENV)/requirements
-	TRT_KERNELS_TEST_TRITON=$(abspath $(OLDEST_TRITON)) $(BIN)/python -m tests.mutations $(if $(ONLY),--only $(ONLY))
+	TRT_KERNELS_TEST_TRITON=$(abspath $(OLDEST_TRITON)) \
+	  $(BIN)/python -m tests.mutations $(if $(ONLY),--only $(ONLY))
 
 bench: install
 	mkdir -p $(OUT)

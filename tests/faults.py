@@ -860,9 +860,26 @@ PYTHON = (
         "reset() forgets nothing",
     ),
     Mutation(
+        "uncounted-batch",
+        "trt_kernels/nn.py",
+        "        count_batch(self)\n        return out",
+        "        return out",
+        (f"{BLOCK}test_module_follows_batch_norm2d",),
+        "a batch is not counted",
+    ),
+    Mutation(
+        "late-check",
+        "trt_kernels/functional.py",
+        "    penalty_weight = None if penalty is None else _penalty_weight(penalty, x, options)\n"
+        "    if training:",
+        "    penalty_weight = None if penalty is None else penalty.weight\n    if training:",
+        (f"{BLOCK}test_a_call_that_raises_changes_no_statistics[penalty]",),
+        "the penalty's weight is not checked before the running statistics change",
+    ),
+    Mutation(
         "cumulative-average",
         "trt_kernels/nn.py",
-        "momentum = 1 / norm.num_batches_tracked.double()",
+        "momentum = 1 / (norm.num_batches_tracked + 1).double()",
         "momentum = 0.1",
         (f"{BLOCK}test_module_follows_batch_norm2d",),
         "a momentum of None does not average",

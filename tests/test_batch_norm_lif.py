@@ -1,5 +1,6 @@
 """`batch_norm_lif` and `nn.BatchNormLIF`: against the reference, `lif` and torch's BatchNorm."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -455,3 +456,32 @@ def test_statistics_shared_by_processes():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the same") == 2
+
+
+WRONG = {
+    "v_init": {"v_init": torch.zeros(3)},
+    "penalty": {"penalty": tk.MembranePenalty("square", [1.0])},
+    "gains": {"gains": torch.ones(3)},
+    "decay": {"decay": torch.ones(2)},
+    "charge": {"charge": "exponential"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_call_that_raises_changes_no_statistics(name):
+    x, mean, var = torch.randn(4, 5, 6), torch.zeros(6), torch.ones(6)
+    with pytest.raises(ValueError, match=name):
+        tk.batch_norm_lif(x, mean, var, training=True, **WRONG[name])
+    assert torch.equal(mean, torch.zeros(6)) and torch.equal(var, torch.ones(6))
+
+
+@pytest.mark.parametrize("momentum", (0.1, None))
+def test_a_module_that_raises_counts_no_batch(momentum):
+    module = tk.nn.BatchNormLIF(6, momentum=momentum, penalty=WRONG["penalty"]["penalty"])
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="penalty"):
+        module(torch.randn(4, 5, 6))
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    module(torch.randn(1, 5, 6))
+    assert module.num_batches_tracked == 1

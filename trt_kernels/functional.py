@@ -219,7 +219,8 @@ def lif(
     neuron = None
     if learned:
         neuron = _neuron(x, decay, threshold, v_reset, options, 1)
-    return _lif(x, LIFTensors(v_init, None, neuron), penalty, options, surrogate, None)
+    weight = None if penalty is None else _penalty_weight(penalty, x, options)
+    return _lif(x, LIFTensors(v_init, weight, neuron), options, surrogate, None)
 
 
 # The short ways of single steps, by everything that they depend on; the options are kept, so that
@@ -272,26 +273,15 @@ def _short_step(x: Tensor, options: dict[str, Any], return_potential: bool) -> P
     return ops.plain_lif(checked, x.dtype, single=True)
 
 
-def _lif(
-    x: Tensor,
-    tensors: LIFTensors,
-    penalty: MembranePenalty | None,
-    options: LIFOptions,
-    surrogate: Any,
-    group: Any,
-) -> Any:
-    """Runs checked options; what is left to check is the penalty's weight."""
-    if penalty is not None:
-        tensors = tensors._replace(penalty_weight=_penalty_weight(penalty, x, options))
+def _lif(x: Tensor, tensors: LIFTensors, options: LIFOptions, surrogate: Any, group: Any) -> Any:
+    """Runs a checked call."""
+    penalised = tensors.penalty_weight is not None
     state: Tensor | None
     potential: Tensor | None
     value: Tensor | None
     rate: Tensor | None
     plain = not (
-        options.return_state
-        or options.return_potential
-        or options.statistics
-        or penalty is not None
+        options.return_state or options.return_potential or options.statistics or penalised
     )
     if options.backend == "reference":
         try:
@@ -322,7 +312,7 @@ def _lif(
     arriving = iter(extras)
     state = next(arriving) if options.return_state else None
     potential = next(arriving) if options.return_potential else None
-    value = next(arriving) if penalty is not None else None
+    value = next(arriving) if penalised else None
     rate = next(arriving) if options.statistics else None
     if options.bits:
         packing.remember(spikes, next(arriving)[0], options.time_dim)
@@ -533,6 +523,9 @@ def batch_norm_lif(
     neuron = None
     if learned:
         neuron = _neuron(x, given["decay"], given["threshold"], given["v_reset"], options, channels)
+    # Everything is checked before the running statistics change.
+    v_init = None if given["v_init"] is None else _initial(given["v_init"], x, options)
+    penalty_weight = None if penalty is None else _penalty_weight(penalty, x, options)
     if training:
         group = process_group
         stats = _batch_stats(x, channel_dim, eps, max(1, options.steps), options.backend, group)
@@ -546,9 +539,8 @@ def batch_norm_lif(
             raise ValueError("running_mean, running_var: got None, needed where training is False")
         stats = _running_stats(running_mean, running_var, eps, dtype)
     weight, bias = (None if v is None else v.to(dtype).contiguous() for v in (weight, bias))
-    v_init = None if given["v_init"] is None else _initial(given["v_init"], x, options)
-    tensors = LIFTensors(v_init, None, neuron, stats, weight, bias, gains)
-    return _lif(x, tensors, penalty, options, given["surrogate"], group)
+    tensors = LIFTensors(v_init, penalty_weight, neuron, stats, weight, bias, gains)
+    return _lif(x, tensors, options, given["surrogate"], group)
 
 
 def _update_running(running: Tensor, new: Tensor, momentum: Any) -> None:

@@ -237,11 +237,10 @@ def batch_norm_arguments(norm: Any) -> tuple[Any, ...]:
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
     training = norm.training or norm.running_mean is None
     updates = norm.training and norm.track_running_stats
-    if updates and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # the average over all batches
-            # A tensor: a float would synchronise with a GPU, and could not be compiled.
-            momentum = 1 / norm.num_batches_tracked.double()
+    if updates and norm.num_batches_tracked is not None and norm.momentum is None:
+        # The average over all batches, this one among them. A tensor: a float would synchronise
+        # with a GPU, and could not be compiled.
+        momentum = 1 / (norm.num_batches_tracked + 1).double()
     running = not training or updates
     return (
         norm.running_mean if running else None,
@@ -252,6 +251,12 @@ def batch_norm_arguments(norm: Any) -> tuple[Any, ...]:
         momentum,
         norm.eps,
     )
+
+
+def count_batch(norm: Any) -> None:
+    """Counts a batch that a module like torch's BatchNorm has normalised; not one that raised."""
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
 
 
 class BatchNormLIF(_Neuron, _NormBase):
@@ -318,7 +323,7 @@ class BatchNormLIF(_Neuron, _NormBase):
 
     def forward(self, x: Tensor) -> Any:
         options = self._options()
-        return self._run(
+        out = self._run(
             batch_norm_lif,
             x,
             *batch_norm_arguments(self),
@@ -327,6 +332,8 @@ class BatchNormLIF(_Neuron, _NormBase):
             process_group=self.process_group,
             **options,
         )
+        count_batch(self)
+        return out
 
     def extra_repr(self) -> str:
         norm = (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import batch_norm_lif, lif, lif_step, single
-from ..nn import batch_norm_arguments
+from ..nn import batch_norm_arguments, count_batch
 
 
 class Served(nn.Module):
@@ -36,7 +36,9 @@ class Served(nn.Module):
             return lif(x, time_dim=time_dim, **options)
         (norm,) = self._joined
         norm.give(self)
-        return batch_norm_lif(x, *batch_norm_arguments(norm), time_dim=time_dim, **options)
+        out = batch_norm_lif(x, *batch_norm_arguments(norm), time_dim=time_dim, **options)
+        count_batch(norm)
+        return out
 
     def _step(
         self,
